@@ -44,8 +44,8 @@ class Preparation:
     # up axis in the files; None means the axis that the benchmark or format defines, or else z
     up_axis: Literal["x", "y", "z"] | None = None
     unit: str | None = None  # unit of the coordinates in the files; only recorded
-    # "folder" (the splits of the source), the fraction of each class that becomes the test split, or
-    # a file that lists the test clouds
+    # "folder" (the splits of the source), the fraction of each class that goes into the test split,
+    # or a file that lists the test clouds
     split: str = "folder"
     keep: tuple[Attribute, ...] = ()  # attributes of points to keep in the store
     precision: Literal["float32", "float16"] = "float32"

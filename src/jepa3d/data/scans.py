@@ -156,7 +156,7 @@ def _check_las(path: Path) -> None:
 def las_records(path: Path) -> Iterator[Any]:
     """Yield the points of a LAS or LAZ file in chunks, as records of laspy.
 
-    Raises ReadError, also if points are missing.
+    Raises ReadError for a damaged file, for example if points are missing.
     """
     laspy, seen = io_module("laspy"), 0
     _check_las(path)

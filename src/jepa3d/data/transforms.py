@@ -125,7 +125,7 @@ def augment(
 ) -> Tensor:
     """Scale, rotate about the up axis z, and move clouds [B, N, 3].
 
-    Each cloud gets its own random values: a factor in `scale` for each axis, an angle (if
+    Each cloud gets its own random values: a factor in the range `scale` for each axis, an angle (if
     `rotate`), and a distance in [-translate, translate] along each axis.
     """
 
