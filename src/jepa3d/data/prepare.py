@@ -1,7 +1,7 @@
 """Implement `jepa3d prepare`, which converts a download or a folder of files to a store.
 
-The command uses all cores. It prints which files were left out and why, and writes the complete
-list to report.json.
+A store is a data set on disk in the format of store.py. By default, the command uses all cores. It
+prints which files were left out and why, and writes the complete list to report.json.
 """
 
 import json
@@ -33,17 +33,19 @@ Attribute = Literal["normals", "colors", "parts"]
 class Preparation:
     """Settings of a store.
 
-    They are saved in the store, which can only be continued with the same settings.
+    They are saved in the store. More clouds can be added to the store only with the same settings.
     """
 
     points: int | None = 2048  # number of points of each cloud; None keeps all points
     reduce: Literal["fps", "random", "voxel"] = "fps"
-    # a cloud with fewer points is left out (skip) or filled up with moved copies (repeat)
+    # a cloud with fewer than `points` points is left out (skip), or filled up with moved copies of
+    # its points (repeat)
     short: Literal["skip", "repeat"] = "repeat"
     # up axis in the files; None means the axis that the benchmark or format defines, or else z
     up_axis: Literal["x", "y", "z"] | None = None
     unit: str | None = None  # unit of the coordinates in the files; only recorded
-    # "folder" (the splits of the source), a fraction for test, or a file that lists the test clouds
+    # "folder" (the splits of the source), the fraction of each class that goes into the test split,
+    # or a file that lists the test clouds
     split: str = "folder"
     keep: tuple[Attribute, ...] = ()  # attributes of points to keep in the store
     precision: Literal["float32", "float16"] = "float32"
@@ -51,7 +53,7 @@ class Preparation:
     columns: tuple[str, ...] | None = None  # names of columns, as for `io.py::read`
     seed: int = 0
     # True keeps stray points, which lie far from all others; always True for benchmarks and for
-    # procedural shapes
+    # procedural shapes. If `points` is None, stray points are kept in any case.
     keep_strays: bool = False
     reader: str | None = None  # function that reads the files: package.module:function
 
@@ -64,8 +66,8 @@ def prepare(
     source: a folder, file or archive, or procedural:COUNT. If the store exists, complete or not,
     only the clouds that it lacks are added. A folder of few-shot folds becomes one store per fold
     in the folder `out`. workers: number of processes, 0 for one per core. strict: stop at the first
-    cloud that cannot be used. Returns the paths of the stores. Raises ValueError, also if no cloud
-    can be used or if another command is writing to `out`.
+    cloud that cannot be used. Returns the paths of the stores. Raises ValueError for wrong
+    arguments, if no cloud can be used, or if another command is writing to `out`.
     """
     _check(options, workers)
     if not source.exists() and not procedural.count_of(source):
@@ -151,8 +153,8 @@ Arrays, Row = dict[str, np.ndarray], dict[str, Any]
 def convert(entry: Entry, options: Preparation) -> tuple[Arrays, Row]:
     """Read the cloud of an entry, and convert it for a store.
 
-    Returns the arrays of the cloud (points and attributes), and its row in the index. The row also
-    has the numbers that `_Report.add` counts. Raises ReadError.
+    Returns the arrays of the cloud (points and attributes), and its row in the index, but without
+    label and split. The row also has further values, which `_Report.add` reads. Raises ReadError.
     """
     cloud = entry.read()
     faces = b"" if cloud.faces is None else cloud.faces.tobytes()
@@ -226,7 +228,7 @@ class _Report:
     """Counts of clouds that were taken, changed or left out, for printing and for report.json."""
 
     source: Source  # its lists `notes` and `skipped` grow while clouds are converted
-    points: int  # number of points of each cloud; 0 keeps all
+    points: int  # number of points of each cloud; 0 if all points are kept
     taken: Counter[str] = field(default_factory=Counter)  # number of clouds by suffix
     fewer: int = 0  # number of clouds with too few points, which were filled up
     # numbers of stray points and of NaN points that were left out, by key

@@ -53,7 +53,7 @@ def _outline(rng: Rng) -> np.ndarray:
 
 
 def _profile(rng: Rng) -> np.ndarray:
-    """Choose a random profile: rows (radius, height), one per ring, with heights from -1 to 1."""
+    """Choose a random profile of a loft: rows (radius, height from -1 to 1), one for each ring."""
     kind = rng.integers(8)
     if kind < 3:  # prism, truncated cone or cone
         top = 1.0 if kind < 2 else rng.uniform(0, 0.9)
@@ -232,10 +232,11 @@ def _seen(points: np.ndarray, rng: Rng) -> np.ndarray:
 def make_procedural(i: int, num_points: int = POINTS, seed: int = 0) -> np.ndarray:
     """Make shape i of an endless sequence of shapes, which depends on the seed.
 
-    Returns points float32 [num_points, 3], z up, centroid 0, radius 1. They are the same on every
-    machine up to differences of 1e-5. About a third of the shapes have a box or a ball cut out, a
-    third are bent, a fifth keep only the points that are visible from one side, and a fifth lose
-    the points beyond a plane. These changes are independent of each other. All shapes get noise.
+    Returns the points, an array [num_points, 3] float32, with z up, centroid 0 and radius 1. They
+    are the same on every machine up to differences of 1e-5. About a third of the shapes have a box
+    or a ball cut out, a third are bent, a fifth keep only the points that are visible from one
+    side, and a fifth lose the points beyond a plane. These changes are independent of each other.
+    If cutting out and hiding would leave too few points, neither is done. All shapes get noise.
     """
     rng = np.random.default_rng([1, seed, i])
     cut, bent, seen, lost = rng.random(4) < (0.35, 0.35, 0.2, 0.2)

@@ -132,7 +132,9 @@ def _pcd_ascii(file: IO[bytes], first: int, row: np.dtype, count: int) -> Column
 
 
 def _check_las(path: Path) -> None:
-    """Raise ReadError for a damaged header that would keep laspy busy for hours or abort lazrs."""
+    """Raise ReadError for a damaged header on which laspy would run for hours, or on which lazrs
+    (the decompressor of LAZ) would abort the process.
+    """
     with path.open("rb") as file:
         file.seek(96)
         # offset of the points, number of variable length records, and format of the points
@@ -144,7 +146,7 @@ def _check_las(path: Path) -> None:
             file.seek(start)
             # the offset of the chunk table; -1 if the file was written as a stream
             (table,) = struct.unpack("<q", file.read(8))
-            if table < 0:  # then the offset stands at the end of the file
+            if table < 0:  # then the last 8 bytes of the file are the offset
                 file.seek(-8, 2)
                 (table,) = struct.unpack("<q", file.read(8))
             file.seek(max(table, 0) + 4)
@@ -154,7 +156,7 @@ def _check_las(path: Path) -> None:
 def las_records(path: Path) -> Iterator[Any]:
     """Yield the points of a LAS or LAZ file in chunks, as records of laspy.
 
-    Raises ReadError, also if points are missing.
+    Raises ReadError for a damaged file, for example if points are missing.
     """
     laspy, seen = io_module("laspy"), 0
     _check_las(path)
@@ -187,8 +189,9 @@ def las_records(path: Path) -> Iterator[Any]:
 
 
 def las_rows(path: Path, names: Sequence[str] = "xyz") -> Iterator[np.ndarray]:
-    """Yield the named columns of a LAS file in chunks: float64 arrays [n, len(names)]. A column that
-    the file lacks is filled with NaN.
+    """Yield the named columns of a LAS file in chunks: float64 arrays [n, len(names)].
+
+    A column that the file lacks is filled with NaN.
     """
     for records in las_records(path):
         have = {*"xyz", *records.point_format.dimension_names}

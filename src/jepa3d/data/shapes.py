@@ -34,7 +34,8 @@ class Shapes:
     """The shapes of a source, not yet read."""
 
     name: str
-    # returns shape i: points as in the source, and also `up`, `unseen` and (if asked for) `parts`
+    # returns shape i: its points, not yet reduced to num_points, and also `up`, `unseen` and (if
+    # asked for) `parts`
     read: Callable[[int], PointCloud]
     labels: np.ndarray  # [n] int64, -1 for no label
     class_names: tuple[str, ...]
@@ -44,8 +45,8 @@ class Shapes:
     fingerprint: str | None = None
     # the store, if its clouds are read on demand, that is, when they are used; else None
     store: Store | None = None
-    # number of shapes that are converted together; above 1 if all shapes are in memory and have the
-    # same number of points
+    # number of shapes that datasets.py reads and converts together; above 1 if all shapes are in
+    # memory and have the same number of points
     batch: int = 1
     # number of shapes in the source, if only some of them are here
     total: int | None = None
@@ -124,7 +125,10 @@ def _store(path: Path, num_points: int, up_axis: str, parts: bool) -> Shapes:
 
 
 def _checked(cloud: PointCloud, num_points: int, where: str = "") -> PointCloud:
-    """Return the cloud if it is usable; otherwise raise ReadError. where: text before an error."""
+    """Return the cloud if it is usable; otherwise raise ReadError.
+
+    where: text with which the error message begins.
+    """
     check_cloud(cloud.points, where)
     if len(cloud) < num_points:
         needed = f"at least {num_points} are needed (num_points)"
@@ -133,10 +137,10 @@ def _checked(cloud: PointCloud, num_points: int, where: str = "") -> PointCloud:
 
 
 def _bundle(path: Path, num_points: int, up_axis: str, key: str, parts: bool) -> Shapes:
-    """Open an .npz bundle with an array [n, N, 3] named points.
+    """Open an .npz bundle, whose array of points [n, N, 3] is named points, data or xyz.
 
-    It may also have the arrays labels, class_names, split, seg (or parts) and part_names. key: name
-    of the labels array.
+    The bundle may also have the arrays labels, class_names, split, seg (or parts) and part_names;
+    arrays.py lists more names that are allowed. key: name of the labels array.
     """
     facts = facts_in(path, key, "points", *(["parts"] if parts else []))
     points, none = facts["points"], np.full(len(facts["points"]), -1)
@@ -176,7 +180,7 @@ def _parts(facts: dict[str, Any], path: Path) -> tuple[Any, tuple[str, ...]]:
 def _files(path: Path, num_points: int, up_axis: str, raw: bool, parts: bool) -> Shapes:
     """Open a folder, benchmark, file or procedural:COUNT as `jepa3d prepare` does.
 
-    No store is made.
+    Unlike that command, this function makes no store.
     """
     source = discover(path)
     entries = source.entries

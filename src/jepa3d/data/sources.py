@@ -147,7 +147,7 @@ def _no_cloud(path: Path, columns: Any, reader: str | None) -> str | None:
         return "is a few-shot fold; give its own path to jepa3d prepare"
     if reason := REFUSAL if is_archive(path) else refusal(path):
         return reason
-    # without columns a .bin is left out; it may be the buffer of a glTF mesh beside it
+    # if `columns` is None, a .bin file is left out; it may be the buffer of a glTF mesh beside it
     if path.suffix.lower() == ".bin" and columns is None:
         return NO_COLUMNS
     if path.suffix.lower() == ".txt":

@@ -142,7 +142,10 @@ class Store:
         return shard, slice(begin - self._start[shard], end - self._start[shard])
 
     def _bounds(self, name: str, row: int) -> tuple[int, int]:
-        """Return where a cloud begins and ends. name: the column with the end of each cloud."""
+        """Return where the points of a cloud, or the text of its key, begin and end.
+
+        name: the column of the ends: "end" for points, "key_end" for keys.
+        """
         ends = self.columns[name]
         return int(ends[row - 1]) if row else 0, int(ends[row])
 
@@ -179,7 +182,10 @@ class Store:
             return file.read(end - begin).decode("utf-8", "surrogateescape")
 
     def verify(self) -> None:
-        """Check all checksums and coordinates. Raises a ReadError that names a damaged file."""
+        """Check all checksums, and that all coordinates are finite.
+
+        Raises a ReadError that names what is damaged: a file, index rows or a cloud.
+        """
         for i, shard in enumerate(self.header["shards"]):
             path = self.path / shard["file"]
             if sha256_of(path) != shard["sha256"]:
@@ -262,8 +268,8 @@ class StoreWriter:
 
     At the end of the block, all added clouds are committed, except after an OSError. The store is
     then marked complete, unless an exception ended the block. A new store without clouds is
-    deleted. Raises ValueError if `path` exists but is no store, or if the store has other settings
-    or part names.
+    deleted. Raises ValueError if `path` is a file or a non-empty folder that is no store, or if
+    the store has other settings or part names.
     """
 
     def __init__(

@@ -406,10 +406,10 @@ def normalise(points: np.ndarray) -> np.ndarray:
 def make_shape(label: int, num_points: int, rng: Rng) -> tuple[np.ndarray, np.ndarray]:
     """Make a random shape of class `label`, with a random yaw, a mild stretch and noise.
 
-    Returns points float32 [num_points, 3] (z up, centroid 0, farthest point at distance 1) and
-    parts int16 [num_points] (indices into `PART_NAMES`). Some shapes are occluded: all points
-    beyond a plane or in a ball are removed. For such a shape, more points are sampled at first, so
-    that `num_points` remain.
+    Returns two arrays: the points [num_points, 3] float32 (z up, centroid 0, farthest point at
+    distance 1), and their parts [num_points] int16 (indices into `PART_NAMES`). Some shapes are
+    occluded: all points beyond a plane or in a ball are removed. For such a shape, more points are
+    sampled at first, so that `num_points` remain.
     """
     name, triangles, parts = CLASS_NAMES[label], [], []
     for part, *lofts in _CLASSES[name][1](rng, rng.uniform):
@@ -436,8 +436,9 @@ def make_shape(label: int, num_points: int, rng: Rng) -> tuple[np.ndarray, np.nd
 def make_shapes(num_shapes: int, num_points: int = 1024, seed: int = 0) -> dict[str, np.ndarray]:
     """Make a balanced data set; the class of shape i is i modulo the number of classes.
 
-    Returns points float32 [n, num_points, 3], labels int64 [n] and parts int16 [n, num_points].
-    Shape i depends only on (seed, i), so a longer set begins with the shapes of a shorter one.
+    Returns a dict of arrays: "points" [n, num_points, 3] float32, "labels" [n] int64, and "parts"
+    [n, num_points] int16. Shape i depends only on (seed, i), so a longer set begins with the shapes
+    of a shorter one.
     """
     labels = np.arange(num_shapes) % len(CLASS_NAMES)
     points = np.empty((num_shapes, num_points, 3), np.float32)

@@ -76,7 +76,7 @@ class Table:
         raise ReadError(f"has no rows of numbers{first}; a row must have x, y and z")
 
     def used(self, columns: Names | None) -> dict[str, int]:
-        """Return a dict from x, y, z and the names of attributes to the indices of their columns.
+        """Return a dict from x, y, z and the names of attribute columns, such as nx, to indices.
 
         columns: for a table with a header, the three names that it has for x, y and z; for a table
         without a header, the names of all columns. If there is no header and `columns` is None, the
@@ -312,7 +312,10 @@ def _number(field: str) -> float | None:
 
 
 def _is_number(field: str) -> bool:
-    """Return True if a cell holds a number, False if it is empty or holds other text."""
+    """Return True if a cell holds a number or a word for a missing value, such as null.
+
+    Returns False if the cell is empty, is "-", or holds other text.
+    """
     return field not in ("", "-") and _number(field) is not None
 
 

@@ -11,7 +11,8 @@ from jepa3d.ops import BatchGenerator, gather_points, squared_distance, uniform,
 
 # largest shares of points that `random_view` removes, moves to random places, or moves into lumps
 MAX_CUT, MAX_CLUTTER, MAX_LUMPS = 0.5, 0.1, 1 / 3
-# `random_view` keeps one of these shares of num_points, all equally likely
+# `random_view` keeps one of these shares of num_points; each of the five entries is chosen with the
+# same probability
 VIEW_SHARES = (1, 1, 1 / 2, 1 / 4, 1 / 8)
 
 
@@ -124,7 +125,7 @@ def augment(
 ) -> Tensor:
     """Scale, rotate about the up axis z, and move clouds [B, N, 3].
 
-    Each cloud gets its own random values: a factor in `scale` for each axis, an angle (if
+    Each cloud gets its own random values: a factor in the range `scale` for each axis, an angle (if
     `rotate`), and a distance in [-translate, translate] along each axis.
     """
 

@@ -34,10 +34,11 @@ def corrupted(
 
     task: "retrieval" searches the clean shapes of the split, except the clean copy of the query.
     Its metrics are mAP and the share of queries whose nearest neighbour is correct. The metrics of
-    "probe" are the accuracies of logistic_10 and knn, fitted to clean train shapes. part: the
-    split, see `opened`. Returns the result record. For clean shapes and for every kind of
-    corruption, it has one list per model and metric, with one score per severity. Raises ValueError
-    or ReadError if a model or the data cannot be used.
+    "probe" are the accuracies of two protocols of probe.py, logistic_10 and knn, whose classifiers
+    are fitted to clean train shapes. part: the split, see `opened`. Returns the result record. For
+    clean shapes and for every kind of corruption, the record has one list per model and metric,
+    with one score per severity. Raises ValueError or ReadError if a model or the data cannot be
+    used.
     """
     searches = task == "retrieval"
     record: dict[str, Any] = {}

@@ -37,8 +37,8 @@ class LabelledSet(NamedTuple):
         """Read the shapes, with `num_points` points each.
 
         part: the split that is scored. parts: also read the part label of every point. Raises
-        ReadError if the source cannot be read, if the labels or the part labels are missing, and
-        for the reasons stated in `Labelled.of`.
+        ReadError if the source cannot be read, or if the labels or the part labels are missing.
+        Also raises the errors of `Labelled.of`.
         """
         source, key, axis = self
         clouds = load([source], num_points, "all", [axis], key, parts=parts)
@@ -69,8 +69,8 @@ class LabelledSet(NamedTuple):
 
 @dataclass(frozen=True)
 class Labelled:
-    """Labelled shapes: train, and `test`, the shapes that are scored. Only the classes that both
-    have in common are included; they are numbered from 0.
+    """Labelled shapes: those of `train`, and those of `test`, which are scored. Only the classes
+    that `train` and `test` have in common are included; these classes are numbered from 0.
     """
 
     name: str
@@ -109,7 +109,8 @@ class Labelled:
         the source's own validation split is scored, or a fixed fifth of train if the source has
         none. Raises ReadError if the labels or the train/test split are missing, if train is too
         small to hold out a fifth, if too few classes are shared, or if a shape has only unlabelled
-        points although the source has part labels.
+        points although the source has part labels. Raises ValueError as `fifth` and
+        `category_parts` do.
         """
         name = clouds.name
         if clouds.labels is None:

@@ -1,6 +1,6 @@
 """Compare encoders shape by shape: score frozen vectors on every single shape, and compute paired
-differences. Each difference has a 95 % interval, which covers seeds and shapes, and a verdict. No
-setting is chosen.
+differences. Each difference has a verdict and a 95 % interval, which accounts for the random choice
+of seeds and shapes. No setting is chosen.
 
 | metric      | score of one shape, in per cent                                                   |
 |-------------|-----------------------------------------------------------------------------------|
@@ -10,10 +10,11 @@ setting is chosen.
 | nearest     | 100 if the most similar of these other shapes has the same class, else 0          |
 | finetuned   | 100 if a network fine-tuned from the encoder is correct, else 0 (if requested)    |
 
-The first two metrics are those of `jepa3d probe --quick`, on standardised vectors. The next two are
-those of `jepa3d retrieval`, on unchanged vectors; they are NaN for a shape that is alone in its
-class. An encoder's vector of a shape is the mean and the maximum of the last layer's tokens,
-concatenated.
+The first two metrics are those of `jepa3d probe --quick`: the vectors are standardised before
+classifiers are fitted to them. The next two are those of `jepa3d retrieval`, which compares the
+vectors as they are; both are NaN for a shape that is alone in its class. An encoder's vector of a
+shape is the mean and the maximum of the last layer's tokens, concatenated. If the encoder stores a
+mean and std of its vectors, the vector is also standardised by these.
 """
 
 from collections.abc import Callable, Sequence
@@ -72,7 +73,7 @@ def names_of(sets: Sequence[LabelledSet]) -> dict[LabelledSet, str]:
 
 
 def searching(likeness: Callable, gallery: np.ndarray, labels: np.ndarray) -> Score:
-    """Return the function that scores the metrics map and nearest.
+    """Return the function that scores the metrics `map` and `nearest`.
 
     gallery: vectors [n, E] of the searched shapes, which include the queries. labels: classes [n]
     of the searched shapes.
@@ -107,7 +108,7 @@ def classifying(x: np.ndarray, y: np.ndarray, labels: np.ndarray, seed: int = 0)
 def outcomes(
     vectors: Vectors, y: np.ndarray, y_scored: np.ndarray, seed: int
 ) -> dict[str, np.ndarray]:
-    """Score each of n shapes under all metrics except finetuned; returns metric -> scores [n] in
+    """Score each of n shapes under all metrics except `finetuned`; returns metric -> scores [n] in
     per cent.
 
     y, y_scored: classes of the train and of the scored shapes. seed: as in `classifying`.
