@@ -140,8 +140,9 @@ def draw_curves(run: Path, path: Target, selected: str = "validation") -> None:
     for accuracies. A panel is omitted if the run has logged none of its metrics.
 
     The losses include those of two baselines: predictions from positions alone, and the best
-    constant prediction. selected: the legend's text for the score by which the epoch is chosen.
-    Raises ValueError if the run has not logged any step.
+    constant prediction. The panel of effective ranks also shows the perplexity of a dVAE's codes.
+    selected: the legend's text for the score by which the epoch is chosen. Raises ValueError if the
+    run has not logged any step.
     """
     ranks = [f"{x}_rankme" for x in ("prediction", "target", "embedding", "encoded")]
     losses = ("loss", "position_loss", "constant_loss", "reconstruction")
@@ -221,7 +222,8 @@ def draw_contact_sheet(clouds: list[np.ndarray], titles: list[str], path: Target
     """Write a PNG of 32 colours: a picture of each cloud with its title below it, in rows of up to
     6 pictures.
 
-    clouds: each [N, 3], z up. They are seen from the front right.
+    clouds: an array [N, 3] for each cloud, with z up. The pictures show the clouds from the front
+    right.
     """
     cell, caption = 190, 46  # pixels
     columns = min(6, len(clouds))
@@ -256,7 +258,7 @@ def even_sample(points: np.ndarray) -> np.ndarray:
 def _pixels(points: np.ndarray, size: int) -> np.ndarray:
     """Render a random sample of a cloud as an image [size, size, 3] uint8.
 
-    Near points hide the points behind them; the colour is the height.
+    Near points hide the points behind them. The colour of a point shows its height.
     """
     points = even_sample(points).astype(np.float64)
     points -= points.mean(0)
@@ -291,8 +293,9 @@ def draw_parts(
 ) -> None:
     """Draw each shape twice, as in the paper's figure 6: with its true and its predicted parts.
 
-    points: [n, N, 3], z up. truth, predicted: part labels [n, N]. A row shows two shapes, that is,
-    four pictures. A part has the same colour in both pictures of its shape.
+    points: the points [n, N, 3] of n shapes, with z up. truth, predicted: part labels [n, N]. A row
+    shows two shapes, that is, four pictures. A part has the same colour in both pictures of its
+    shape.
     """
     pairs = min(2, len(points))
     rows = -(-len(points) // pairs)

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 FRAME = 3  # version of the rules in this file; vectors of different versions are not comparable
-# Number of different points that each cloud in a store needs. If the store keeps fewer points per
-# cloud than this, a cloud needs only as many different points as the store keeps. The number that
-# an encoder needs is its attribute `min_points`.
+# Number of different points that each cloud in a store (a data set made by `jepa3d prepare`) needs.
+# If the store keeps fewer points per cloud than this, a cloud needs only as many different points
+# as the store keeps. The number that an encoder needs is its attribute `min_points`.
 LEAST = 64
 STEP = 0.6  # `fill` moves a copy of a point by at most this share of the distance to a neighbour
 # `without_strays` explains these four.
@@ -224,8 +224,9 @@ def fill(points: np.ndarray, num_points: int) -> tuple[np.ndarray, np.ndarray]:
     each point the index of its original (its own index if it is an original). The originals come
     first, then rounds of copies. In round t, each copy is moved away from the t-th nearest
     neighbour of its original. It moves by a share of the distance between the neighbour and the
-    original. The share is STEP for the first copy of each round, and falls to 3/4 of STEP for the
-    last. A cloud of one point has no neighbours, so its copies do not move.
+    original. The share is STEP for the first copy of each round, and falls to about 3/4 of STEP for
+    the last. If there are more rounds than neighbours, the neighbours are used again, starting with
+    the nearest. A cloud of one point has no neighbours, so its copies do not move.
 
     Moved copies continue the surface; exact copies would give patches unlike those that an encoder
     was trained on.

@@ -93,15 +93,17 @@ def run_protocol(
     held: tuple[np.ndarray, np.ndarray] | None = None,
     c: float | None = None,
 ) -> dict:
-    """Score one protocol on features train and test [L, n, E] with labels y and y_test [n].
+    """Fit one protocol's classifier to `train`, and score it on `test`.
 
-    layers: the layers to choose from. held: features and labels on which layer and C are chosen; if
-    it is None, a fifth of train is held out for this choice. c: a fixed C; if it is None, C is
-    chosen. Returns accuracy, layer, C, mean_class_accuracy and confusion (see `_confusion`).
+    train, test: features of the shapes of each split, arrays [L, n, E] for L layers and n shapes.
+    y, y_test: the labels [n] of these shapes. layers: the layers to choose from. held: features and
+    labels on which layer and C are chosen; if it is None, a fifth of train is held out for this
+    choice. c: a fixed C; if it is None, C is chosen. Returns accuracy, layer, C,
+    mean_class_accuracy and confusion (see `_confusion`).
 
-    logistic_10 ignores `held`, since it chooses on folds of each of its samples of labels. Its
-    result has the mean and std of the accuracy over samples, and the layer and C that were chosen
-    on each sample.
+    The protocol logistic_10 ignores `held`: it draws ten samples of the labels, and it chooses
+    layer and C for each sample, on folds of this sample. Its result has the mean and std of the
+    accuracy over samples, and the layer and C that were chosen for each sample.
     """
     few = protocol == "logistic_10"
     grid = (0.0,)
@@ -260,7 +262,8 @@ def probe(
         "pretraining": {
             str(run): _pretraining(run, c) for run, c in configs.items() if "task" in c
         },
-        # known only as far as the configs name the sources of the pretraining data
+        # This can be known only if the configs name the sources of the pretraining data. The config
+        # of an encoder that is not a run names none; the value is then False.
         "seen_in_pretraining": any(was_seen(c, data, part) for c in configs.values()),
         "pooling": pooling,
         "layer": by_rule if layer is None else layer,
@@ -431,7 +434,7 @@ def _class_sheet(result: dict, protocol: str) -> Sheet:
     if "pretrained" in columns:
         columns["gain"] = columns["pretrained"] - columns["untrained"]
     forms = ["+.1f" if model == "gain" else ".1f" for model in columns]
-    table = np.stack(list(columns.values()), 1)  # classes models
+    table = np.stack(list(columns.values()), 1)  # [classes, models]
     names = [*result["class_names"], "mean class accuracy"]
     lines = zip(names, [*counts, counts.sum()], [*table, table.mean(0)], strict=True)
     rows = [[name, f"{count:,}", *map(format, row, forms)] for name, count, row in lines]

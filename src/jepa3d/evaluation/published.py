@@ -25,7 +25,8 @@ CAUTION = (
 class Benchmark(NamedTuple):
     """Published results under one protocol.
 
-    A row has the method, its epochs, whether it votes, and one value per metric.
+    A row has the method, its number of epochs, whether it votes (averages its predictions over
+    several copies of a test shape), and one value per metric.
     """
 
     title: str

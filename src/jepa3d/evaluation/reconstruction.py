@@ -20,8 +20,8 @@ def dvae_figures(
 
     max_clouds: at most this many train clouds and this many test clouds are used. Returns:
 
-    - reconstruction: mean Chamfer-L1 distance between the test patches and their reconstruction
-      from their most likely codes. A length of 1 is the radius of the unit sphere.
+    - reconstruction: mean Chamfer-L1 distance between each test patch and the patch that the dVAE
+      reconstructs from the most likely codes. A length of 1 is the radius of the unit sphere.
     - constant_patch: mean Chamfer-L1 distance between the test patches and one constant patch. This
       patch is fitted to the train patches.
     - perplexity: exp(entropy) of the test patches' codes, between 1 and num_codes.
@@ -48,8 +48,8 @@ def dvae_figures(
 
 
 def best_constant_patch(patches: Tensor, steps: int = 200, batch_size: int = 512) -> Tensor:
-    """Fit one patch [K, 3] to patches [n, K, 3]: minimise its mean Chamfer-L1 distance to them by
-    Adam.
+    """Fit one patch [K, 3] to patches [n, K, 3]: the optimiser Adam minimises the mean Chamfer-L1
+    distance between the fitted patch and the given patches.
     """
     generator = torch.Generator().manual_seed(0)
     points = patches.flatten(0, 1)

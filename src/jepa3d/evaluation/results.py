@@ -96,7 +96,8 @@ class Arm(NamedTuple):
 
     def label(self) -> str:
         """Return a readable name of the init: "scratch" or "untrained", or the name of the
-        pretraining run without its seed.
+        pretraining run without its seed. For an encoder without a record of its pretraining, the
+        name is the path of the encoder.
         """
         if self.init in BASES:
             return self.init
@@ -140,7 +141,8 @@ def _below(folder: Path, unfinished: list[Path]) -> Iterator[Path]:
     if (folder / "results.json").is_file():
         yield folder
     elif Run.is_at(folder) and "task" in read_checked(folder / "config.json"):
-        unfinished.append(folder)  # runs of pretrain, which have no task, are skipped
+        # A run of `jepa3d pretrain` has no task in its config. It is treated like any other folder.
+        unfinished.append(folder)
     else:
         for child in sorted(folder.iterdir()):
             if child.is_dir() and not child.is_symlink():
@@ -280,13 +282,13 @@ def tables(paths: list[Path], setting: str | None = None) -> list[Sheet]:
 
 
 def _spread(values: list[float], sign: str = "") -> str:
-    """Format mean ± sample std of values; "-" if there are none."""
+    """Format values as the text "mean ± sample std"; return "-" if there are no values."""
     return mean_std(moments(values), f"{sign}.2f") if values else "-"
 
 
 def _minutes(records: list[dict]) -> str:
-    """Format the mean CPU-minutes of runs, including stage I (the training of a dVAE teacher); "-"
-    if unknown.
+    """Format the mean CPU-minutes of the runs whose cost is known, including stage I (the training
+    of a dVAE teacher). Return "-" if no cost is known.
     """
     costs = [record.get("cost") or {} for record in records]
     known = [cost for cost in costs if cost.get("cpu_seconds")]

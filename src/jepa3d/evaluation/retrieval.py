@@ -1,10 +1,10 @@
 """`jepa3d retrieval`: how well frozen vectors retrieve shapes of the same class, compared with an
 untrained encoder and handcrafted descriptors.
 
-Every shape of the split is the query once, unless it is alone in its class. All other shapes of the
-split are ranked by similarity; the shapes of the query's class are relevant. The average precision
-is computed over the whole ranking; equally similar shapes are ranked by their index. Nothing is
-trained or chosen.
+One split of the data is searched, by default the test split. Every shape of this split is the query
+once, unless it is alone in its class. All other shapes of the split are ranked by similarity; the
+shapes of the query's class are relevant. The average precision is computed over the whole ranking;
+equally similar shapes are ranked by their index. Nothing is trained or chosen.
 
 Gains are paired by query. The interval of a gain is from a bootstrap over queries. It ignores that
 another training run would give other scores.
@@ -164,8 +164,8 @@ def opened(
     The descriptors of the first model include its baselines. dataset: its up axis may also be
     "none", for vectors that do not depend on the rotation of a shape. part: the split to search:
     train, test or validation. The attribute `test` of the yielded shapes has this split, whichever
-    it is (see `Labelled.of`). whole: read the shapes with all of their points, not only with as
-    many as the encoder sees.
+    it is (see `Labelled.of`). whole: read the shapes of an .npz bundle or a store with all of their
+    points, and not only with as many points as the encoder sees.
     """
     upright = dataset._replace(up_axis=dataset.up_axis.replace("none", "z"))
     for name in models:
@@ -190,7 +190,7 @@ def opened(
 
 
 def _points_in(data: str, fewest: int) -> int:
-    """Return the number of points per cloud in a bundle or store, but at least `fewest`.
+    """Return the number of points per cloud in an .npz bundle or a store, but at least `fewest`.
 
     In all other kinds of data, the clouds have different numbers of points; then return `fewest`.
     """

@@ -31,8 +31,8 @@ class Grid:
     The cells of the grid are half as long as a tile.
 
     An axis along which the scene is longer than a tile is split: its cells are numbered from 1, and
-    tile t covers the cells t and t + 1. So tiles overlap by half, and each cell lies in two tiles.
-    An axis that is not split has only cell 1 and tile 1.
+    tile t covers the cells t and t + 1. So tiles overlap by half along this axis, and each cell
+    lies in two tiles. An axis that is not split has only cell 1 and tile 1.
     """
 
     low: np.ndarray  # [3], lowest corner of the scene's bounding box
@@ -229,9 +229,8 @@ def sort_points(
     parts: the scene's `total` points in chunks [n, 3], in the axes of their file. up_axis: the up
     axis of this file. sample: randomly sampled points, an array [n, 4] of their z-up coordinates
     and their numbers in the scan. Quantiles of this sample divide the points into buckets; each
-    bucket is then sorted in memory.
-    bar: a progress bar, which counts a point when it is put into a bucket and again when it is
-    sorted.
+    bucket is then sorted in memory. bar: a progress bar, which counts a point when it is put into a
+    bucket and again when it is sorted.
     """
     orders = np.sort(grid.order(sample[:, :3], sample[:, 3]))
     buckets = -(-total // BUCKET)

@@ -66,7 +66,9 @@ class Condition:
 
     @staticmethod
     def parse(text: str) -> "Condition":
-        """Parse a condition. Raises ValueError; the message says what is allowed."""
+        """Parse a condition. Raises ValueError if the text is not a condition; the message says
+        what is allowed.
+        """
         shape = r"\s*(\w+)\s*(!=|<=|>=|=|<|>|~)\s*(.*?)\s*"
         match = re.fullmatch(shape, text, re.DOTALL)
         if not match or match[1] not in COLUMNS:

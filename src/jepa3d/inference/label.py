@@ -6,8 +6,8 @@ OUT/names.csv        columns path, name, cluster; lists the clouds nearest to ea
                      Fill in the class names that you know, and add rows for other clouds if you
                      like
 OUT/clusters.html    pictures of the clouds that names.csv lists
-OUT/model            encoder and head, written once two classes have names; `jepa3d predict OUT`
-                     uses them
+OUT/model            encoder and head, written as soon as two classes have names; they are used by
+                     `jepa3d predict OUT`
 OUT/labels.csv       written together with OUT/model; one row per cloud, least certain first. The
                      columns are path, class, probability, second (the second most probable class)
                      and second_probability

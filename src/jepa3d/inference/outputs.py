@@ -58,10 +58,12 @@ def write_las(scan: Path, colors: Path, out: Path, box: np.ndarray, bar: tqdm) -
     of the lowest and the highest corner of the scan's bounding box.
 
     If the scan itself is LAS or LAZ, the output keeps the scan's fields, coordinate system, scale
-    and offset. It has the same point format or, if this has no colours, the corresponding format
-    with colours. For any other scan, the scale (the resolution of coordinates) is a millionth of
-    the largest extent of `box`, rounded down to a power of ten, but at most 0.001. If coordinates
-    would then not fit into 32 bits, the scale is the smallest power of ten for which they do.
+    and offset. If the scan's point format has colours, the output has the same point format;
+    otherwise the output has the corresponding format with colours.
+
+    For any other scan, the scale (the resolution of coordinates) is a millionth of the largest
+    extent of `box`, rounded down to a power of ten, but at most 0.001. If coordinates would then
+    not fit into 32 bits, the scale is the smallest power of ten for which they do.
     """
     laspy = io_module("laspy")
     from_las = scan.suffix.lower() in (".las", ".laz")

@@ -51,10 +51,11 @@ def predict(
     """Classify or segment the clouds in files, folders and stores. Returns one Prediction per
     cloud, in the order in which the clouds are given.
 
-    run: output folder of classify, segment or label. category: the clouds' category; needed
-    if the segmenter knows several. A cloud that cannot be used gives a Prediction with an `error`.
-    For each file without any cloud, another Prediction with an `error` follows at the end of the
-    list. Raises ValueError for a network or category that cannot be used.
+    run: the output folder of `jepa3d classify`, `jepa3d segment` or `jepa3d label`. category: the
+    category of the clouds, which is needed if the network is a segmenter for several categories. A
+    cloud that cannot be used gives a Prediction with an `error`. For each file without any cloud,
+    another Prediction with an `error` follows at the end of the list. Raises ValueError for a
+    network or category that cannot be used.
     """
     network = load_network(run)
     label = _label(network, category)
