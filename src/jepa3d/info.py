@@ -45,10 +45,10 @@ def describe(
     """Print a description of a run, a network or a source of shapes.
 
     path: what to describe; None describes this installation. The other arguments are used only for
-    a source of shapes. up_axis, labels_key: its up axis and the name of its array of labels.
-    picture: a file to which pictures of some shapes are written. verify: compare the files of a
-    store with their checksums. Raises ValueError if `path` is nothing that can be described, or is
-    damaged.
+    a source of shapes. up_axis, labels_key: the up axis of the source, and the name of the array of
+    labels in an .npz file. picture: a file to which pictures of some shapes are written. verify:
+    compare the files of a store with their checksums; for any other source, also say that every
+    cloud was read. Raises ValueError if `path` is nothing that can be described, or is damaged.
     """
     if path is None:
         _installation()
@@ -92,8 +92,9 @@ def _installation() -> None:
 
 
 def run_facts(run: Run) -> dict[str, Any]:
-    """Return facts about a run, finished or not, as name -> value: its command, data, seed, number
-    of parameters, precision and cost.
+    """Return facts about a run, finished or not, as name -> value: its command, data and seed and,
+    as far as they are known, its initial weights, numbers of parameters, image transformer,
+    precision, device and cost.
     """
     config, record, cost = run.config, run.record, run.cost or {}
     data = record["data"]
@@ -124,7 +125,9 @@ def run_facts(run: Run) -> dict[str, Any]:
 
 
 def _run(run: Run) -> None:
-    """Print a description of a run of pretrain, classify, segment or fewshot, finished or not."""
+    """Print a description of a run, finished or not, of `jepa3d pretrain`, `classify`, `segment` or
+    `fewshot`.
+    """
     config, record = run.config, run.record
     kind = config.get("task") or config["objective"]
     print(f"{run.folder}: {kind}, {record['status']}")

@@ -30,8 +30,8 @@ from jepa3d.plain import log, progress_bar
 
 OUTPUTS = (".ply", ".las", ".laz", ".parquet")
 DTYPES = ("float32", "float16")
-# At most this many tiles are encoded at once, and all their patches together have at most this many
-# points.
+# At most `BATCH` tiles are encoded at once. Fewer are encoded at once if their patches would have
+# more than `_PATCH_POINTS` points together.
 BATCH, _PATCH_POINTS = 32, 32_768
 SAMPLE = 500_000  # number of random points from which the tile size is chosen
 # A tile with more points than this is reduced at random to about this many points before farthest
@@ -39,10 +39,11 @@ SAMPLE = 500_000  # number of random points from which the tile size is chosen
 _MOST = 32_768
 # For interpolation, the points of each cell are divided into blocks of at most this many points.
 _BLOCK = 512
-# A batch of blocks has at most this many points and at most this many blocks.
+# The blocks are interpolated in batches. A batch has at most `_BATCH_BLOCKS` blocks, which have at
+# most `_BATCH_POINTS` points together, padding included.
 _BATCH_POINTS, _BATCH_BLOCKS = 16_384, 128
-# The PCA of the features is fitted to points of at most this many random cells, and to at most this
-# many points of each of them.
+# The PCA of the features is fitted to points of at most `_PCA_CELLS` random cells, with at most
+# `_PCA_POINTS` points of each cell.
 _PCA_CELLS, _PCA_POINTS = 64, 256
 
 Records = np.ndarray  # n points, of dtype `RECORD`
@@ -54,7 +55,7 @@ Tile = tuple[np.ndarray, float, Tensor, Tensor]
 class Features:
     """Compute the features of the points in cells (see cells.py). For every tile that contains a
     point, the tile's tokens are interpolated to the point. The point's feature is the weighted mean
-    of the results of these tiles.
+    of these interpolated tokens, one from each tile.
 
     The weight of a tile is highest in its middle and falls to almost zero at its border. Tiles with
     fewer points than the encoder needs are left out. If all tiles of a cell are left out, the cell
@@ -155,7 +156,7 @@ class Features:
             self._tiles |= zip(batch, made, strict=True)
 
     def _points(self, tile: int) -> tuple[np.ndarray, float, Tensor]:
-        """Return a tile's origin and radius, and its points as the encoder receives them: an array
+        """Return a tile's origin and radius, and its points as the encoder receives them: a tensor
         [num_points, 3] in the unit sphere.
         """
         cells = self._members(tile)
@@ -165,8 +166,8 @@ class Features:
         parts = map(self.cells.read, cells, [0] * len(cells), taken)
         xyz = np.concatenate(list(parts))["xyz"]
         # The minimum number of points is 1 here, not the encoder's min_points. Tiles were chosen by
-        # a count that includes duplicates, so a tile may have too few different points. It must not
-        # be refused now.
+        # a count that includes duplicates, so a tile may have too few different points. Such a tile
+        # must not be refused now.
         seen = self.encoder.frame(xyz, 1)
         return seen.center, seen.radius, torch.from_numpy(seen.points)
 
@@ -220,10 +221,10 @@ def write_features(
     """Write a feature for every point of `scan`: as a colour, in the scan's order (.ply, .las,
     .laz), or as numbers (.parquet).
 
-    tile: side of a tile in the file's unit; by default the median tile has about 2 * num_points
-    points. The disk of `out` needs 32 bytes of temporary space per point, and space for the results
-    (see `_check_space`). An interrupted call leaves no files behind, and the next call starts from
-    the beginning.
+    tile: side of a tile in the file's unit. By default, the side is chosen so that the median tile
+    has about twice as many points as the encoder sees (its `num_points`). The disk of `out` needs
+    32 bytes of temporary space per point, and space for the results (see `_check_space`). An
+    interrupted call leaves no files behind, and the next call starts from the beginning.
 
     Raises ValueError for wrong settings, or if another command is writing to `out`. Raises
     ReadError for a scan that cannot be used, and OSError if the disk has too little space.
@@ -335,8 +336,8 @@ def _restart(bar: tqdm, doing: str, total: int) -> None:
 
 def _survey(scan: Path, up_axis: str, bar: tqdm) -> tuple[np.ndarray, np.ndarray, int, Records]:
     """Read a scan once. Returns the lowest and the highest corner of its bounding box, the number
-    of its points, and a random sample of the points, an array [n, 4] of their coordinates and
-    their numbers in the scan. Corners and coordinates are z-up.
+    of its points, and a random sample of the points: an array [n, 4], whose rows are the three
+    coordinates of a point and its number in the scan. Corners and coordinates are z-up.
     """
     low, high, total = np.full(3, np.inf), np.full(3, -np.inf), 0
     reservoir = Reservoir(SAMPLE)

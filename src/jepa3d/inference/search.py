@@ -39,8 +39,9 @@ if TYPE_CHECKING:
 # errors: 2^-11 from rounding the first factor, 2^-11 from rounding the second factor, and 2^-12
 # from rounding the sum of products, which torch computes in float32.
 HALF_SLACK = 2.5e-3
-# A search with at most this many queries uses half precision. For so few queries, reading the
-# vectors takes longer than multiplying them, and half precision halves what is read.
+# A search with at most this many queries uses half precision if the index has a copy. For so few
+# queries, reading the vectors takes longer than multiplying them, and half precision halves what is
+# read.
 FEW = 4
 # An index with at least this many rows gets a copy; a smaller index is read within 0.2 seconds.
 WORTH = 100_000
@@ -69,8 +70,8 @@ def search(
     hold for a row, see `Condition`. exclude: for each query, None or the path of a cloud that is
     left out of the hits, even if the index has it under another path that links to the same file.
     By default, a cloud at the path `queries` is not its own hit. probes: how many partitions of a
-    database to search; the search is then approximate, and the database must have an index of
-    partitions.
+    database to search; the search is then approximate, and the database needs the partitions that
+    `jepa3d index --ann` makes.
 
     Cosines are rounded to six decimals; rows of equal cosine are ordered by path. A query has fewer
     than k hits if fewer rows are left. Raises ValueError for wrong settings, or if a query is zero,
@@ -147,8 +148,8 @@ def _cosines(
     """Return the cosines [q, n] of queries (`directions` [q, E]) with vectors (`x` [n, E]), and the
     slack, which is twice the largest rounding error of these cosines.
 
-    lengths, halves: the columns `_MORE`, if the vectors come from a copy. A zero vector gets the
-    cosine -inf.
+    lengths, halves: if the vectors come from a copy, its columns `length` and `direction` (see
+    `_MORE`). A zero vector gets the cosine -inf.
     """
     length = np.linalg.norm(x, axis=1) if lengths is None else lengths.to_numpy()
     if halves is not None and len(directions) <= FEW:
@@ -192,7 +193,8 @@ def _directions(queries: np.ndarray, embed_dim: int) -> np.ndarray:
 def open_index(index: Path) -> "Vectors | VectorStore":
     """Open an index: the vectors that `jepa3d embed` or `jepa3d index` wrote.
 
-    Raises ReadError if the index does not exist, is of another kind or holds no vectors.
+    Raises ReadError if the index does not exist, is of another kind or holds no vectors. Raises
+    ValueError if the Parquet files of a folder have different specifications.
     """
     if not index.exists():
         raise ReadError(f"{index}: no such file or folder; make it with jepa3d embed")

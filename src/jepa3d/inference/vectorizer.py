@@ -13,8 +13,8 @@ class CloudVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
     """A step of a scikit-learn pipeline that turns clouds into vectors.
 
     Nothing is learned from the clouds: `fit` only loads the encoder, as the attribute `encoder_`.
-    model: "default" for the encoder in the package, the folder of a run or of an encoder, or a Hub
-    id. up_axis, layer and pooling: see `jepa3d.embed`.
+    model: the folder of a run or of an encoder, a Hub id, or "default" for the encoder in the
+    package. up_axis, layer and pooling: see `jepa3d.embed`.
 
     >>> make_pipeline(CloudVectorizer(), LogisticRegression()).fit(clouds, labels)
     """

@@ -46,8 +46,8 @@ _ORIGINS = [re.compile(r"http://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"), None]
 
 
 def serve(port: int) -> viser.ViserServer:
-    """Start a server that answers only requests from this machine. It refuses requests from other
-    web pages.
+    """Start a server that answers only requests from this machine. It refuses connections that
+    other web pages open in the user's browser.
 
     port: 0 for any free port. Raises ValueError if the port is invalid or not available.
     """
@@ -160,7 +160,7 @@ class Page:
     def show(self, item: Item) -> None:
         """Encode and draw a cloud and its neighbours.
 
-        Raises ReadError or OSError if the cloud cannot be read; the former cloud then stays
+        Raises ReadError or OSError if the cloud cannot be read; the previous cloud then stays
         visible.
         """
         # The row is set before the chooser, since a change of the chooser calls `go`.

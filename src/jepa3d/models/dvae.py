@@ -146,7 +146,8 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
     Raises ValueError if `group_size` is not a multiple of 4.
     """
 
-    BEFORE: ClassVar = {"expected_code": False}  # value for an older config.json, which lacks it
+    # An older config.json lacks this setting; a dVAE loaded from it has this value.
+    BEFORE: ClassVar = {"expected_code": False}
 
     def __init__(
         self,

@@ -68,7 +68,7 @@ class Joint:
 
     def pad(self, rows: Rows) -> Blocks:
         """Convert rows to sequences [B, P, V + T, C], or to [B, P, T, C] if the rows are only mask
-        tokens.
+        tokens. V is the length of the longest context.
         """
         head, tail = rows.tensor_split([len(rows) - self.num_masked])
         tail = tail.unflatten(0, (self.batch, self.passes, self.length))

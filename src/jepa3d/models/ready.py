@@ -16,8 +16,8 @@ Network = Classifier | LinearClassifier | Segmenter  # an encoder with a head
 def load(model: str | Path = "default", revision: str | None = None) -> PointEncoder:
     """Load a pretrained encoder in float32, in evaluation mode, on the CPU.
 
-    model: "default" for the encoder in the package (model card: `jepa3d/weights/README.md`), the
-    folder of a run or of an encoder, or a Hub id. revision: branch, tag or commit of a Hub
+    model: the folder of a run or of an encoder, a Hub id, or "default" for the encoder in the
+    package (model card: `jepa3d/weights/README.md`). revision: branch, tag or commit of a Hub
     repository. Raises ValueError if no encoder can be loaded.
 
     >>> encoder = load()

@@ -26,7 +26,7 @@ from jepa3d.plain import is_code, load_code
 
 
 class JEPAOutput(NamedTuple):
-    # scalar: the weighted sum of the terms in use (1 - cos, averaged over blocks; SIGReg; view)
+    # scalar: the cosine loss or, if SIGReg or the view term is used, a weighted sum of these terms
     loss: Tensor
     prediction: Tensor  # B A T E: A target blocks of T tokens
     target: Tensor  # B A T E
@@ -35,7 +35,7 @@ class JEPAOutput(NamedTuple):
     patch_index: Tensor  # B M K, indices of each patch's points
     encoded: Tensor  # n C, the encoder's output for all context tokens of the batch
     sigreg: Tensor | None = None  # the SIGReg term before weighting
-    view: Tensor | None = None  # the view term before weighting
+    view: Tensor | None = None  # the view term (see `JEPA.forward`) before weighting
 
 
 class JEPA(nn.Module):
@@ -43,9 +43,10 @@ class JEPA(nn.Module):
     linear layer projects the predictions to the teacher's width. The teacher sees all patches.
 
     If `teacher` is None, a second run of the encoder, on all tokens and with gradients, computes
-    the targets. SIGReg then prevents collapse (LeJEPA) and applies to all tokens of the second run.
-    With a teacher, SIGReg is optional and applies to the encoded context. Raises ValueError if
-    `target.project` is set and the widths of encoder and teacher differ.
+    the targets. The regulariser SIGReg, which is applied to all tokens of the second run, then
+    prevents collapse, as in LeJEPA. With a teacher, SIGReg is optional and is applied to the
+    encoded context. Raises ValueError if `target.project` is set and the widths of encoder and
+    teacher differ.
 
     >>> objective = JEPA(PretrainConfig(), encoder, teacher)
     >>> output = objective(points, BatchGenerator(seed=0, step=0))    # points [B, N, 3]
