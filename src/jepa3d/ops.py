@@ -3,8 +3,8 @@
 Each operator is written in plain torch, which runs on any device. Only farthest point sampling also
 has faster back ends. They return the same indices, except where distances are equal.
 
-In shapes, B is the number of clouds in the batch, N of points, M of queries, K of neighbours and C
-of channels. `points` is a float tensor [B, N, 3].
+The letters in shapes stand for numbers: B clouds in the batch, N points per cloud, M queries per
+cloud, K neighbours per query, and C channels. `points` is a float tensor [B, N, 3].
 """
 
 import hashlib
@@ -31,9 +31,10 @@ class BatchGenerator:
 
     Every process draws numbers for the global batch (the rows of all processes) and keeps those of
     its own rows. So several processes together draw the same numbers as one process, a resumed run
-    draws the same numbers as an uninterrupted run, and checkpoints need no generator state. first:
-    index of this process's first row in the global batch. total: number of rows of the global
-    batch, or None if there is only one process.
+    draws the same numbers as an uninterrupted run, and checkpoints need no generator state.
+
+    first: index of this process's first row in the global batch. total: number of rows of the
+    global batch, or None if there is only one process.
     """
 
     def __init__(
@@ -195,10 +196,10 @@ def farthest_point_sample(
 
     Returns indices [B, num_samples]; each sample is the point farthest from all samples before it.
     With a generator the first sample is random. Without a generator it is the point farthest from
-    the centroid, so the samples do not depend on the order of points unless several points are
-    equally far. In that case torch and Triton choose the one with the lowest index, and the
-    compiled back end may choose any one. Equally far points occur on lattices, and in clouds that
-    have fewer different points than samples. Raises ValueError unless 1 <= num_samples <= N.
+    the centroid, so the samples do not depend on the order of points, unless several points tie for
+    the largest distance. In that case torch and Triton choose the point with the lowest index, and
+    the compiled back end may choose any of these points. Such ties occur on lattices, and in clouds
+    that have fewer different points than samples. Raises ValueError unless 1 <= num_samples <= N.
     """
     batch, num_points, _ = points.shape
     if not torch.compiler.is_exporting() and not 1 <= num_samples <= num_points:
@@ -265,8 +266,8 @@ def _farthest_point_sample_reference(points: Points, num_samples: int, start: Te
 
 @no_type_check  # torch.export cannot trace a type check of the inner function
 def farthest_point_scan(points: Tensor, num_samples: int, start: Tensor) -> tuple[Tensor, Tensor]:
-    """Choose farthest point samples with a scan, so that an exported graph has one repeated step
-    instead of one copy of the step per sample.
+    """Choose farthest point samples with torch's loop operator `scan`, so that an exported graph
+    has one repeated step instead of one copy of the step per sample.
 
     points: [B, N, 3]. start: index of each cloud's first sample, [B]. Returns the indices
     [B, num_samples], and each sample's squared distance from the nearest sample before it (infinite

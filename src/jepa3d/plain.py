@@ -148,8 +148,8 @@ def check_ranges(config: Any, where: str = "") -> None:
 def _check_range(name: str, value: Any, allowed: str) -> None:
     """Check a number, or the numbers in a tuple, against the range `allowed`.
 
-    Raises ValueError if a number lies outside the range, or if the range says "rising" and the
-    numbers do not rise.
+    Raises ValueError if a number lies outside the range, or if the range says "rising" and a number
+    is lower than the number before it.
     """
     match = re.fullmatch(r"([\[(])(.+), (.+)([\])])( rising)?", allowed)
     assert match, allowed
@@ -227,7 +227,7 @@ def naming(path: Path) -> Iterator[None]:
 
 def printable(text: str) -> str:
     """Make text safe for a terminal: a control character becomes ?, and a byte that is not UTF-8
-    becomes an escape such as \\xff.
+    becomes an escape such as \\udcff.
     """
     plain = (c if c.isprintable() or unicodedata.category(c) in ("Zs", "Cs") else "?" for c in text)
     return "".join(plain).encode("utf-8", "backslashreplace").decode()

@@ -345,7 +345,7 @@ def _departures(record: dict) -> str:
 # ---------------------------------------------------------------------------------------- every run
 def _training(run: Run, config: dict) -> str:
     """Return a section with curves of the run and, if they exist, of its first few-shot fold and of
-    its runs of stage I.
+    its runs of stage I (the training of networks that the run needs first, such as a teacher).
     """
     on_test = config.get("select") == "best-on-test"
     split = "test, by which the epoch is chosen" if on_test else "validation"

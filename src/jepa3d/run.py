@@ -6,10 +6,11 @@ untrained/          the encoder before step 1     encoder/, dvae/ or model/   th
 stage1/NAME/        runs of stage I               given/N/       copies of networks given by path
 snapshots/step-N/   the encoder during training   checkpoints/   kept until the run is finished
 
-Stage I is the training of a network that the run then uses as a teacher. A downstream run is one of
-`classify`, `segment` or `fewshot`; its config.json also contains its `task`, which is one of these
-names. Runs of `pretrain` are written by training/pretrain.py. Downstream runs are written by
-training/finetune.py and training/fewshot.py, whose docstrings list further files.
+Stage I is the training of a network that the run then uses as a teacher, or whose weights it starts
+from. A downstream run is one of `classify`, `segment` or `fewshot`; its config.json also contains
+its `task`, which is one of these names. Runs of `pretrain` are written by training/pretrain.py.
+Downstream runs are written by training/finetune.py and training/fewshot.py, whose docstrings list
+further files.
 """
 
 import json

@@ -114,9 +114,10 @@ def _of_fewshot(config: settings.FewshotConfig) -> Iterator[str]:
 def departures(config: settings.PretrainConfig, num_shapes: int) -> dict[str, tuple[Any, Any]]:
     """Find the settings of a run that differ from the paper's, as dotted name -> (here, paper).
 
-    num_shapes: number of shapes in the run's data. If it is that of ShapeNet55, the data are
-    taken to be the paper's. The paper trains for 150 or 300 epochs, so neither number counts as a difference.
-    Logging, seed and up axis are not compared.
+    num_shapes: number of shapes in the run's data. If it is that of ShapeNet55, the data are taken
+    to be the paper's. The paper trains for 150 or 300 epochs, so neither number counts as a
+    difference. The seed, the up axis and the settings in `BOOKKEEPING`, such as log_every, are not
+    compared.
     """
     # If the objective is not jepa, the schedule is compared with the defaults of that objective.
     paper = to_dict(settings.resolve({"objective": config.objective}))

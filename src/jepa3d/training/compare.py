@@ -2,8 +2,9 @@
 seeds, score every run once, and compare each arm with a reference arm.
 
 OUT/runs/ARM-SEED/   a run of jepa3d pretrain, and the scores of its vectors in scores-*.json. The
-                     runs of the reference also have the scores of the baselines. If learning rates
-                     are searched, the folder's name is ARM-lrRATE-SEED
+                     runs of the reference also have the scores of the baselines. Fine-tuning runs
+                     are in sub-folders finetuned-*. If the grid gives learning rates (`lr`), the
+                     folder's name is ARM-lrRATE-SEED
 OUT/costs.json       CPU seconds per step, if arms get equal CPU time
 OUT/log.txt          the log of all runs
 OUT/table.md         the tables
@@ -50,8 +51,9 @@ class Comparison:
     """
 
     def __init__(self, grid: Grid, sets: list[LabelledSet], part: Part, out: Path):
-        """Read the scored sets, and check that existing runs have the settings of the grid. If arms
-        get equal CPU time, also measure the time per step of each arm.
+        """Read the scored sets (the labelled shapes on which arms are scored), and check that
+        existing runs have the settings of the grid. If arms get equal CPU time, also measure the
+        time per step of each arm.
 
         Raises ValueError, before any run is trained, if the comparison cannot be made.
         """
@@ -175,7 +177,7 @@ class Comparison:
                 "lr": self.rates[arm] or config.lr,
                 "steps": self.steps[arm],
                 "failed": self.failed.get(arm),
-                "cpu_minutes": minutes,  # per run, stage I included, mean over seeds
+                "cpu_minutes": minutes,  # per run, with stage I (see grid.py); mean over seeds
             }
         names = ("title", "reference", "seeds", "rates", "cpu_minutes")
         return {

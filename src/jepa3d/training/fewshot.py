@@ -5,7 +5,8 @@ frozen features are scored.
 
 OUT/config.json, run.json   as in pretraining (run.py)
 OUT/episodes.json           the sampled episodes, as indices of shapes in the data
-OUT/start/                  the encoder that every fold starts from; missing for runs from scratch
+OUT/start/                  the encoder that every fold starts from; missing if networks are trained
+                            from scratch
 OUT/fold-N/                 the fine-tuning run of fold N (finetune.py), if networks are fine-tuned
 OUT/results.json            mean and standard deviation of the accuracy over folds
 """

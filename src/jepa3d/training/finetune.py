@@ -242,7 +242,7 @@ def protocol_name(config: FinetuneConfig) -> str:
     return f"fine-tuned, {TRAINED[config.trained]}{decay}"
 
 
-ARM = (  # settings in which the arms of one comparison may differ
+ARM = (  # settings in which the arms (variants) of one comparison may differ
     "lr weight_decay epochs max_steps warmup_epochs batch_size labels trained layer_decay dropout "
     "label_smoothing scale rotate translate mixed_precision labels_key layers validation clip_grad "
     "min_lr up_axis accumulate compile"

@@ -22,7 +22,7 @@ def can_repeat(config: RunConfig, processes: int, device: torch.device) -> bool:
 
     This is possible for 3D-JEPA on one CUDA GPU, without fp16, SIGReg, cached targets or gradient
     accumulation. The tensors may have only a few different sizes. Random and one-block masks meet
-    this condition. Multi-block masks do not, since their contexts vary in length.
+    this condition. The other masks do not, since their contexts may have any length.
     """
     return (
         torch.get_device_module(device).__name__ == "torch.cuda"
@@ -37,7 +37,7 @@ def can_repeat(config: RunConfig, processes: int, device: torch.device) -> bool:
 
 class Repeated:
     """Record `run(points, generator)`, a forward and backward pass, once for each set of tensor
-    sizes, and replay the recording in later calls.
+    sizes. Every call replays the recording that belongs to its sizes.
 
     Each call overwrites the previous call's result, and the gradients of `model`. Before each
     replay, the random numbers that `run` would draw are written into the graph's own buffers.

@@ -40,14 +40,15 @@ class Grid(NamedTuple):
     # Learning rates to choose from, or (None,) if each arm keeps its own rate.
     rates: tuple[float | None, ...]
     cpu_minutes: float | None  # per run, stage I included; None if the arms get equal steps
-    finetune: FinetuneConfig  # how arms are fine-tuned on the first scored set
+    finetune: FinetuneConfig  # how arms are fine-tuned on the first labelled set
     finetuned: tuple[str, ...]  # the arms that are fine-tuned
 
     def config(self, arm: str, seed: int, rate: float | None) -> PretrainConfig:
         """Return the configuration of one run.
 
         rate: learning rate for the arm's objective; None for the rate in the arm's settings. Stage
-        I (the training of a teacher) keeps its own learning rate.
+        I (the training of a network that the arm needs first, such as a teacher) keeps its own
+        learning rate.
         """
         config = self.arms[arm]
         return replace(config, seed=seed, lr=config.lr if rate is None else rate)
@@ -127,8 +128,8 @@ def read_grid(path: Path, common: dict, reserved: Iterable[str] = ()) -> Grid:
 
 
 def _finetuning(file: _File, arms: Iterable[str]) -> tuple[FinetuneConfig, tuple[str, ...]]:
-    """Return how arms are fine-tuned (the preset, changed by the file), and which arms are
-    fine-tuned.
+    """Return the settings of fine-tuning, and which arms are fine-tuned. The file's key `finetune`
+    overrides the settings of the file's preset, or the defaults if the file has no preset.
     """
     chosen = file.finetune.get("arms", [*arms] if file.finetune else [])
     if not isinstance(chosen, list) or not set(chosen) <= {*arms}:
@@ -136,7 +137,7 @@ def _finetuning(file: _File, arms: Iterable[str]) -> tuple[FinetuneConfig, tuple
     changes = {key: value for key, value in file.finetune.items() if key != "arms"}
     if ruled := changes.keys() & {"data", "labels_key", "up_axis", "init", "seed"}:
         raise ValueError(f"finetune.{min(ruled)} is set by the comparison: leave it out")
-    changes["data"] = "-"  # a placeholder for the first scored set, which is not known yet
+    changes["data"] = "-"  # a placeholder for the first labelled set, which is not known yet
     base = settings.preset(file.preset, FinetuneConfig) if file.preset else {}
     config = from_dict(FinetuneConfig, merge(base, changes))
     validate(config)
@@ -160,9 +161,10 @@ def _base(grid: Path, file: _File) -> list[dict]:
 def at_equal_time(grid: Grid, out: Path) -> Grid:
     """Return the grid with as many steps for each arm as the grid's CPU-minutes allow.
 
-    The CPU time per step of each arm is measured once and saved in out/costs.json. Raises
-    ValueError for an arm whose settings have changed since it was measured. Also raises it for an
-    arm that has no time left for a step after stage I and the computation of cached targets.
+    The CPU time per step of each arm is the median of `ROUNDS` measurements. It is saved in
+    out/costs.json, and later calls use the saved value. Raises ValueError for an arm whose settings
+    have changed since it was measured. Also raises it for an arm that has no time left for a step
+    after stage I and the computation of cached targets.
     """
     assert grid.cpu_minutes is not None
     file = out / "costs.json"

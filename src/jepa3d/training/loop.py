@@ -36,8 +36,9 @@ from jepa3d.training.progress import Progress, clock
 BAD_CLOUD = (
     "restore the damaged file (jepa3d info DATA --verify finds damaged clouds), then use --resume"
 )
-# Number of shards (files of a store) whose clouds are shuffled together; these shards have about
-# 1 GiB in all. The number must be below 64, the number of files that a `Store` keeps open.
+# Number of shards (files of a store, data/store.py) whose clouds are shuffled together; these
+# shards have about 1 GiB in all. The number must be below 64, the number of files that a `Store`
+# keeps open.
 WINDOW = 32
 
 
@@ -79,8 +80,9 @@ def fit(
 
     run: the run's folder; if None, nothing is written (dry run). stop_at: step at which the run
     stops early. Returns the final state: step, cpu_seconds, wall_seconds, peak_memory (bytes), best
-    (the step and score of the best epoch), the last metrics, step_seconds, step_cpu_seconds, and
-    the mixed_precision that was used.
+    (the step and score of the best epoch), metrics (those logged last), step_seconds and
+    step_cpu_seconds (wall and CPU time per step before the last log), and mixed_precision (the
+    precision that was used).
 
     On Ctrl-C, on SIGTERM, or at step `stop_at`, saves a checkpoint and raises Interrupted. Raises
     Diverged if the loss is NaN or infinite, ReadError for unreadable data, and ValueError if the
@@ -92,8 +94,8 @@ def fit(
     torch.backends.cuda.enable_cudnn_sdp(False)
     engine.set_activation_checkpoints(task.objective, config.checkpoint_activations)
     precision, compiled = engine.choose(task, clouds, config, run)
-    # Accelerate keeps the precision globally, and stage I may have run in this process before with
-    # another precision.
+    # Accelerate keeps the precision globally, and stage I (training/pretrain.py) may have run in
+    # this process before with another precision.
     AcceleratorState._reset_state()
     tracked = engine.tracker(config.track, run)
     accelerator = Accelerator(

@@ -1,5 +1,6 @@
-"""Pretraining: from settings and data to a run folder (`run.py`). Some settings need a teacher that
-must be trained first, such as a dVAE. The training of such a teacher is stage I.
+"""Pretraining: from settings and data to a run folder (`run.py`). Some settings need a network that
+must be trained first: a teacher, such as a dVAE, or a network that gives the initial weights. The
+training of such a network is stage I.
 """
 
 import copy
@@ -47,8 +48,8 @@ def make_task(
 ) -> Task:
     """Build the task that the loop trains for an objective.
 
-    networks: by name, the networks of stage I, and the networks that the settings give by folder,
-    Hub id or function.
+    networks: name -> network, for the networks of stage I and for those that the settings give by
+    folder, Hub id or function.
     """
     torch.manual_seed(config.seed)
     schedule = config.schedule(objective)
@@ -254,8 +255,9 @@ def clouds_of(
 
 
 def rehearse(config: PretrainConfig, clouds: PointClouds, given: dict[str, Network]) -> Task:
-    """Build every stage, and sample masks for some clouds, so that impossible settings fail before
-    anything is written. Returns the task of the last stage.
+    """Build the tasks of stage I and of the run's own objective, and sample masks for some clouds,
+    so that impossible settings fail before anything is written. Returns the task of the run's own
+    objective.
     """
     tasks = {name: make_task(config, name, clouds, {}) for name in config.stages}
     stages = {name: task.module for name, task in tasks.items()}
@@ -272,9 +274,10 @@ def try_stages(
 ) -> Iterator[tuple[str, Task, PointClouds, int, dict, dict]]:
     """Take `steps` steps of every stage, on as many clouds as two batches have. Nothing is written.
 
-    Yields for each stage: its name, its task, the clouds, the number of shapes in the whole data,
-    the estimated wall and CPU seconds to cache the teachers' targets of all shapes (0 if they are
-    not cached), and the final state of `fit`.
+    The stages are the trainings of stage I, and then the run's own training. Yields for each stage:
+    its name, its task, the clouds, the number of shapes in the whole data, the estimated wall and
+    CPU seconds to cache the teachers' targets of all shapes (0 if they are not cached), and the
+    final state of `fit`.
     """
     networks = load_given(config, None)
     for stage in (*config.stages, config.objective):

@@ -91,8 +91,8 @@ def check_unchanged(config: Any, out: Path) -> None:
 
 
 def read_by(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that a run uses. A run that trains a network of stage I does not use the
-    settings of 3D-JEPA or of other stage-I networks.
+    """Return the settings that a run uses. A run whose objective is one of `STAGE_ONE` does not use
+    the settings of 3D-JEPA or of the other objectives in `STAGE_ONE`.
     """
     objective = settings.get("objective", "jepa")
     if objective not in STAGE_ONE:
@@ -155,7 +155,7 @@ def check_batch(config: RunConfig, name: str, size: int) -> None:
     """Check a batch size. name: what error messages call the batch size.
 
     Raises ValueError if the batch size is not a multiple of processes x accumulate. On a machine
-    without GPU, also raises it if the weights or the batch cannot fit into memory.
+    without a GPU, also raises it if the weights or the batch cannot fit into memory.
     """
     accumulate, encoder = config.accumulate, config.encoder
     memory = psutil.virtual_memory().total if ON_CPU else float("inf")
@@ -182,8 +182,9 @@ def check_batch(config: RunConfig, name: str, size: int) -> None:
 
 
 def cost_of(out: Path, state: dict) -> dict[str, float]:
-    """Return a run's cost. The time of stage I and of cached targets is not part of cpu_seconds and
-    wall_seconds, but has its own keys, stage1_*.
+    """Return a run's cost. The time of stage I (the training of networks that the run needs first)
+    and of cached targets is not part of cpu_seconds and wall_seconds, but has its own keys,
+    stage1_*.
     """
     names = ("step", "cpu_seconds", "wall_seconds", "peak_memory")
     cost = {key: state[key] for key in names}
@@ -204,9 +205,9 @@ def finish(
     and cached targets.
 
     result: the protocol, data, selection, metrics (in per cent, on the test split), validation
-    (metrics on the validation split, or None), details (by class, category or fold), and settings
-    in which arms of a comparison may differ. This function adds the origin of the encoder, and the
-    run's seed, votes, cost, versions and machine.
+    (metrics on the validation split, or None), details (by class, category or fold), and the
+    settings in which compared runs may differ. This function adds the origin of the encoder, and
+    the run's task, seed, votes, cost, command, versions and machine.
     """
     record, config = Run(out).record, Run(out).config
     if result:
