@@ -129,7 +129,7 @@ class Schedule:
 
     lr: float = setting(1e-3, "Highest learning rate.", "(0, 100]")
     weight_decay: float = setting(0.05, "Weight decay of AdamW.", "[0, 100]")
-    warmup_epochs: float = setting(10, "Epochs of linear warm-up from 0.", "[0, 1e6]")
+    warmup_epochs: float = setting(10, "Epochs of linear warm-up from `min_lr`.", "[0, 1e6]")
     min_lr: float = setting(1e-6, "Learning rate of the last step.", "[0, 100]")
     clip_grad: float = setting(10.0, "Clip the gradient to this norm.", "(0, 1e9]")
     batch_size: int = setting(128, "Clouds per step, over all processes.", "[1, 1e6]")

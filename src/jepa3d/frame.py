@@ -262,7 +262,7 @@ def check(points: np.ndarray) -> np.ndarray:
     """Return a float64 copy of points [N, 3].
 
     Raises ValueError for a wrong shape or number type, for no points, and for NaN, infinite or very
-    large coordinates (beyond 1e30).
+    large coordinates (1e30 or more).
     """
     points = np.asarray(points)
     if points.ndim != 2 or points.shape[1] != 3 or points.dtype.kind not in "fiub":
@@ -272,7 +272,7 @@ def check(points: np.ndarray) -> np.ndarray:
     if not len(points):
         raise ValueError("no points")
     cloud = points.astype(np.float64)
-    if not (np.abs(cloud) <= 1e30).all():
+    if not (np.abs(cloud) < 1e30).all():
         raise ValueError("NaN or infinite coordinates")
     return cloud
 

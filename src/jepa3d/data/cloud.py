@@ -69,7 +69,7 @@ class PointCloud:
 
         unseen: number of NaN points that the caller has already left out. attributes: other fields
         of this class; normals, colors and parts must have N rows. Raises ReadError if `xyz` is no
-        array of points, if all points are NaN or equal, if a coordinate is infinite or beyond 1e30,
+        array of points, if all points are NaN or equal, if a coordinate is infinite or at least 1e30,
         if a face has a NaN vertex, or if one of these attributes has another number of rows.
         """
         check_shape(xyz := np.asarray(xyz))

@@ -334,7 +334,7 @@ def _restart(bar: tqdm, doing: str, total: int) -> None:
     bar.reset(total)
 
 
-def _survey(scan: Path, up_axis: str, bar: tqdm) -> tuple[np.ndarray, np.ndarray, int, Records]:
+def _survey(scan: Path, up_axis: str, bar: tqdm) -> tuple[np.ndarray, np.ndarray, int, np.ndarray]:
     """Read a scan once. Returns the lowest and the highest corner of its bounding box, the number
     of its points, and a random sample of the points: an array [n, 4], whose rows are the three
     coordinates of a point and its number in the scan. Corners and coordinates are z-up.

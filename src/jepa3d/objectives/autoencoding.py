@@ -1,5 +1,5 @@
-"""The objective of stage I, the training of a teacher: train the discrete autoencoder (dVAE) whose
-tokens 3D-JEPA will predict, as in ACT's first stage.
+"""The objective that trains the discrete autoencoder (dVAE), as in ACT's first stage. Its tokens
+are then what 3D-JEPA predicts.
 """
 
 import math
