@@ -110,8 +110,8 @@ def frame(
     different, turn = len(cloud), None
     if not upright:
         turn = own_axes(cloud)
-        # Farthest point sampling chooses the first of several points at equal distance. So sort
-        # again: the order must depend only on the new coordinates.
+        # Farthest point sampling chooses the first of several points at equal distance. So
+        # `_distinct` sorts the points again: their order must depend only on the new coordinates.
         cloud = _distinct(cloud @ turn.T)
     if not keep_strays:
         cloud = cloud[without_strays(cloud, min_points)]

@@ -29,7 +29,7 @@ def _sample(points, start, index, num_points, num_samples: tl.constexpr, BLOCK: 
         dy = y - tl.load(points + 3 * current + 1)
         dz = z - tl.load(points + 3 * current + 2)
         distance = tl.minimum(distance, dx * dx + dy * dy + dz * dz)
-        current = tl.argmax(distance, 0)  # of equal distances the lowest index, as in torch
+        current = tl.argmax(distance, 0)  # at equal distances, the lowest index, as in torch
 
 
 def farthest_point_sample(points: Tensor, num_samples: int, start: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Represent a source of clouds as a list of entries: one per cloud, with its class and split.
 
 Any process can read the cloud of an entry. Class and split come from the file or from the names of
-its folders. Instead of using these splits, `divide` can choose a fraction of the clouds at random
-as test clouds, or read a list of test clouds.
+the folders that contain it. Instead of using these splits, `divide` can choose a fraction of the
+clouds at random as test clouds, or read a list of test clouds.
 """
 
 import re
@@ -118,10 +118,11 @@ def classes_and_splits(
     folders: for each file, the names of its folders, outermost first. If all folders at one depth
     have names of splits, these folders are the splits. Otherwise, a folder with such a name, say
     `test`, is a split if a sibling folder has the name of another split, or if one of its
-    subfolders has the same name as one of its siblings. If neither holds, `test` is a class. The
-    class of a file is the outermost of its folders that is no split. However, as long as all files
-    share this folder, and each file lies in a further folder inside it, the class is the next
-    folder. flat: if True, the class is always the outermost folder that is no split.
+    subfolders has the same name as one of its siblings. If neither holds, `test` is a class.
+
+    The class of a file is the outermost of its folders that is no split and is not skipped. A
+    folder is skipped if all files share it and if, inside it, each file lies in a further folder
+    that is no split. flat: if True, no folder is skipped.
     """
     # folder -> names of its subfolders
     inside: dict[tuple[str, ...], set[str]] = defaultdict(set)
@@ -136,8 +137,8 @@ def classes_and_splits(
     for at, names in inside.items():
         levels[len(at)] |= names
     all_named = [depth for depth, names in levels.items() if all(map(split_of, names))]
-    # several depths can qualify (if there is a class `test` in folders train and test): choose the
-    # depth with the largest number of different splits, and among equals the outermost
+    # several depths can qualify (if folders train and test contain only a class named `test`):
+    # choose the depth with the largest number of different splits, and among equals the outermost
     level = max(sorted(all_named), key=lambda at: splits_in(levels[at]), default=None)
 
     def is_split(names: tuple[str, ...], depth: int) -> bool:

@@ -17,8 +17,9 @@ from typing import Any, NoReturn
 from jepa3d.data.cloud import ReadError
 from jepa3d.plain import printable
 
-# Errors that parsers raised on damaged files in benchmarks/fuzz.py. _HEADERS are those of numpy
-# when it evaluates the header of an array, and _PACKED are those of decompression.
+# Errors that parsers raised on damaged files in benchmarks/fuzz.py. Those in
+# _HEADERS come from numpy when it evaluates the header of an array, and those in _PACKED come from
+# decompression.
 _OFTEN = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError)
 _RARELY = (ArithmeticError, AssertionError, MemoryError, ImportError, StopIteration)
 _HEADERS = (NameError, SyntaxError, tokenize.TokenError)
@@ -50,7 +51,9 @@ def as_read_error(path: Path) -> Iterator[None]:
 
 
 def first_line(error: Any) -> str:
-    """Return the first line of an error, printable, at most 200 characters."""
+    """Return the first line of an error's message, or the name of the error's type if there is no
+    message. The result is printable and has at most 200 characters.
+    """
     text = next(iter(str(error).splitlines()), "") or type(error).__name__
     return printable(text)[:200]
 
@@ -75,7 +78,7 @@ def refuse(message: str) -> NoReturn:
 
 
 def shortened(text: str, most: int) -> str:
-    """Shorten text to `most` printable characters.
+    """Shorten text to at most `most` printable characters.
 
     The middle is cut out, since long names mostly differ at their ends.
     """

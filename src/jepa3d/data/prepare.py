@@ -153,8 +153,9 @@ Arrays, Row = dict[str, np.ndarray], dict[str, Any]
 def convert(entry: Entry, options: Preparation) -> tuple[Arrays, Row]:
     """Read the cloud of an entry, and convert it for a store.
 
-    Returns the arrays of the cloud (points and attributes), and its row in the index, but without
-    label and split. The row also has further values, which `_Report.add` reads. Raises ReadError.
+    Returns the arrays of the cloud (points and attributes) and its row in the store's index. The
+    row still lacks label and split; it has additional values, which only `_Report.add` reads.
+    Raises ReadError.
     """
     cloud = entry.read()
     faces = b"" if cloud.faces is None else cloud.faces.tobytes()

@@ -62,7 +62,8 @@ class Vectors(NamedTuple):
 
 def names_of(sets: Sequence[LabelledSet]) -> dict[LabelledSet, str]:
     """Return a name for each data set: the name of its file, or its whole path if an earlier data
-    set already has that name. A labels key other than "labels" is added.
+    set already has that name. If the data set's labels key is not "labels", the name also contains
+    the key.
     """
     names = {}
     for dataset in sets:
@@ -170,7 +171,9 @@ class Difference(NamedTuple):
 
     @property
     def verdict(self) -> Literal["better", "worse", "undecided"]:
-        """Whether the whole interval lies above 0 (better) or below 0 (worse), else undecided."""
+        """Return "better" if the whole interval lies above 0, "worse" if it lies below 0, and
+        "undecided" if it contains 0.
+        """
         return "better" if self.low > 0 else "worse" if self.high < 0 else "undecided"
 
 
@@ -184,11 +187,11 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> Difference:
         variance = A + B,  A = var_s(mean_i d) / S,  B = var_i(mean_s d) / N
 
     This estimates the variance of the mean of a table whose rows and columns are both random (Owen,
-    "The pigeonhole bootstrap", Annals of Applied Statistics 1, 2007). It counts the noise of single
-    cells twice, so the interval is slightly too wide. The quantile is that of Student's t with
-    (A + B)^2 / (A^2 / (S - 1) + B^2 / (N - 1)) degrees of freedom (Satterthwaite, Biometrics
-    Bulletin 2, 1946). A single seed gives no A; the interval then ignores that training runs
-    differ.
+    "The pigeonhole bootstrap", Annals of Applied Statistics 1, 2007). The estimate counts the noise
+    of single cells twice, so the interval is slightly too wide. The half-width of the interval is
+    sqrt(variance) times the 97.5 % quantile of Student's t distribution. The degrees of freedom are
+    (A + B)^2 / (A^2 / (S - 1) + B^2 / (N - 1)) (Satterthwaite, Biometrics Bulletin 2, 1946). A
+    single seed gives no A; the interval then ignores that training runs differ.
     """
     gain = ours - theirs
     terms = []  # (variance, degrees of freedom)
@@ -228,8 +231,8 @@ def rows_of(data: str, found: dict[str, Outcomes], reference: str) -> list[Row]:
     """Return the rows of the data set `data`, metric by metric.
 
     found: name of an arm or baseline -> its outcomes. reference: name of the reference arm. A shape
-    that is alone in its class has the score NaN under some metrics. It is left out of all rows of
-    these metrics.
+    that is alone in its class has the score NaN under some metrics. Such a shape is left out of
+    all rows of these metrics.
     """
     rows = []
     for metric in METRICS:
@@ -250,9 +253,9 @@ def sheets_of(
 ) -> list[Sheet]:
     """Return a table for every data set, with a column for every metric that was scored on it.
 
-    The row of the reference shows mean ± std over seeds. Every other row shows the difference from
-    the reference, with interval and verdict. minutes: arm -> CPU-minutes. failed: arm -> why it
-    failed. about: data set -> its description.
+    A row with a difference from the reference shows this difference, its interval and its verdict.
+    A row without a difference, such as the row of the reference, shows mean ± std over seeds.
+    minutes: arm -> CPU-minutes. failed: arm -> why it failed. about: data set -> its description.
     """
     # data set -> row -> metric -> cell
     tables: dict[str, dict[str, dict[str, str]]] = {}

@@ -196,8 +196,9 @@ def probe(
     part: Part = "test",
     quick: bool = False,
 ) -> dict:
-    """Probe finished runs. For comparison, also probe each run's untrained encoder and frozen
-    teacher, and the handcrafted vectors of descriptors.py.
+    """Probe finished runs. For comparison, also probe each run's untrained encoder, its other
+    networks such as a frozen teacher (`Run.teachers`), and the handcrafted vectors of
+    descriptors.py.
 
     runs: folders of runs that differ only in their seed, or one encoder as in `jepa3d.load`. part:
     the split that is scored, see `Labelled.of`. layer: the layer to probe, where 0 is the
@@ -408,8 +409,8 @@ def sheets(result: dict, per_class: str | None = None) -> list[Sheet]:
 
 
 def summary_table(summary: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
-    """Return the columns and rows of a table of a summary: a row per model, a column per
-    protocol.
+    """Turn a summary into a table with a row per model and a column per protocol; returns the
+    table's columns and rows.
     """
     rows = []
     for model, scores in summary.items():

@@ -21,7 +21,8 @@ def dvae_figures(
     max_clouds: at most this many train clouds and this many test clouds are used. Returns:
 
     - reconstruction: mean Chamfer-L1 distance between each test patch and the patch that the dVAE
-      reconstructs from the most likely codes. A length of 1 is the radius of the unit sphere.
+      reconstructs from the most likely codes. The clouds are scaled to the unit sphere, so a
+      distance of 1 is the radius of a cloud.
     - constant_patch: mean Chamfer-L1 distance between the test patches and one constant patch. This
       patch is fitted to the train patches.
     - perplexity: exp(entropy) of the test patches' codes, between 1 and num_codes.

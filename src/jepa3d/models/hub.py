@@ -26,7 +26,7 @@ from jepa3d.plain import nearest
 DEFAULT = Path(__file__).parents[1] / "weights"  # the encoder that comes with the package
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _DOWNLOAD = ("revision", "cache_dir", "force_download", "token", "local_files_only")
-# How many seconds to wait for an answer of the Hub. Without this limit, the Hub's client would
+# How many seconds to wait for an answer from the Hub. Without this limit, the Hub's client would
 # retry for 30 seconds.
 _REACHED_WITHIN = 5
 
@@ -138,8 +138,8 @@ def _arguments(cls: type) -> dict[str, inspect.Parameter]:
 
 
 def _with_defaults(cls: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """Complete the settings of an older config.json: an argument that it lacks gets its value in
-    `cls.BEFORE`.
+    """Complete the settings of an older config.json: an argument that the file lacks gets its
+    value in `cls.BEFORE`.
     """
     complete = cls.BEFORE | settings
     for name, part in cls.PARTS.items():

@@ -106,7 +106,7 @@ class Invariance(nn.Module):
 
     def metrics(self, output: InvarianceOutput) -> dict[str, float]:
         """Return metrics for the log: the terms of the loss, and measures of collapse for the
-        embedding and the encoder's tokens of the first view.
+        first view: for its embedding, and for the encoder's tokens.
         """
         parts = {"invariance": output.invariance.item(), "regularizer": output.regularizer.item()}
         embedding = row_figures("embedding", output.embedding[0].detach())
