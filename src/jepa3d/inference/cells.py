@@ -14,8 +14,8 @@ from tqdm import tqdm
 from jepa3d.data.cloud import TO_Z_UP
 from jepa3d.models.encoder import PointEncoder
 
-# The record of a point: its z-up coordinates, and its number in the scan. This number does not
-# count NaN points.
+# The record of a point: its z-up coordinates, and its number in the scan. NaN points have no
+# number.
 RECORD = np.dtype([("xyz", "<f8", 3), ("index", "<i8")])
 BUCKET = 1_000_000  # approximate number of points that are sorted in memory at once
 # Approximate number of cells in a line (see `Grid.keys`). It limits how many tiles are in memory.
