@@ -132,8 +132,8 @@ def _pcd_ascii(file: IO[bytes], first: int, row: np.dtype, count: int) -> Column
 
 
 def _check_las(path: Path) -> None:
-    """Raise ReadError for a damaged header on which laspy would run for hours, or on which lazrs
-    (the decompressor of LAZ) would abort the process.
+    """Raise ReadError for a damaged header that would make laspy run for hours, or make lazrs (the
+    decompressor of LAZ) abort the process.
     """
     with path.open("rb") as file:
         file.seek(96)

@@ -100,8 +100,9 @@ class JEPA(nn.Module):
         With the view term (`target.view`), `points` must hold at least the encoder's `num_points`
         points per cloud, in farthest point order. Context and target tokens then come from a
         damaged view of each cloud (`random_view`), and the objective also predicts the teacher's
-        vector of the whole, undamaged cloud. With several masks per cloud (`sampler.masks`, as in AsymDSD, arXiv
-        2506.21724), B in the shapes of the output is the number of clouds times `masks`.
+        vector of the whole, undamaged cloud. With several masks per cloud (`sampler.masks`, as in
+        AsymDSD, arXiv 2506.21724), B in the shapes of the output is the number of clouds times
+        `masks`.
         """
         encoder = self.encoder
         view_target = None
