@@ -76,7 +76,10 @@ def _parsed(text: bytes, kind: type) -> np.ndarray:
 
 
 def whole(values: np.ndarray) -> np.ndarray:
-    """Convert vertex indices to int64. Raises ReadError for fractions and for 2^53 or more."""
+    """Convert vertex indices to int64.
+
+    Raises ReadError for a float that is no whole number, or whose absolute value is 2^53 or more.
+    """
     if values.dtype.kind == "f":
         exact = (np.abs(values) < 2**53) & (values == np.floor(values))
         if not exact.all():
@@ -262,7 +265,7 @@ def read_obj(path: Path) -> PointCloud:
         raise ReadError(f"vertex {first + 1} has {rows.counts[first]} of 3 coordinates")
     (values, at), kept = rows.numbers(), {}
     vertices = values[at[:, None] + np.arange(3)]
-    # in a file with colours, each line holds x, y, z, red, green, blue and perhaps another value
+    # in a file with colours, each vertex line has x, y, z, red, green, blue and perhaps one more
     if set(rows.counts) <= {6, 7}:
         kept["colors"] = to_bytes(values[at[:, None] + np.arange(3, 6)])
     # a corner has indices v/vt/vn: keep only v, the index of the vertex

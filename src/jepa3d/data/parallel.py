@@ -98,7 +98,10 @@ def isolated(chunks: list, work: Work, workers: int, preload: str) -> Iterator[l
 
 @contextmanager
 def _interrupts_later() -> Iterator[None]:
-    """Delay Ctrl-C until the block ends; processes that the block starts never receive Ctrl-C."""
+    """Delay Ctrl-C until the block ends; processes that the block starts never receive Ctrl-C.
+
+    Where signals cannot be blocked (on Windows), this does nothing.
+    """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return

@@ -132,8 +132,8 @@ def _pcd_ascii(file: IO[bytes], first: int, row: np.dtype, count: int) -> Column
 
 
 def _check_las(path: Path) -> None:
-    """Raise ReadError for a damaged header on which laspy would run for hours, or on which lazrs
-    (the decompressor of LAZ) would abort the process.
+    """Raise ReadError for a damaged header that would make laspy run for hours, or make lazrs (the
+    decompressor of LAZ) abort the process.
     """
     with path.open("rb") as file:
         file.seek(96)
@@ -212,9 +212,9 @@ def read_las(path: Path) -> PointCloud:
 
 
 def read_e57(path: Path) -> PointCloud:
-    """Read all scans of an E57 file, each placed by its pose, without points marked invalid.
+    """Read all scans of an E57 file, each placed by its pose.
 
-    Raises ReadError.
+    Points that the file marks as invalid are left out. Raises ReadError.
     """
     pye57 = io_module("pye57")
     try:
@@ -288,9 +288,10 @@ NO_COLUMNS = (
 
 
 def read_bin(path: Path, columns: tuple[str, ...] | None) -> PointCloud:
-    """Read rows of float32, the format of lidar data sets such as KITTI.
+    """Read a file of float32 rows, the format of lidar data sets such as KITTI.
 
-    columns: the names of all columns. Raises ReadError.
+    columns: the names of all columns; only the coordinates are kept. Raises ReadError, also if
+    `columns` is None.
     """
     if columns is None:
         raise ReadError(NO_COLUMNS)

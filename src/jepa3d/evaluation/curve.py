@@ -39,8 +39,9 @@ class Curve(NamedTuple):
         """Return the CPU-minutes after which the curve, averaged over seeds, reaches `accuracy` and
         does not fall below it again.
 
-        These are the CPU-minutes of the first snapshot for which this is true. Returns None if the
-        last snapshot is below `accuracy`.
+        More exactly, these are the CPU-minutes of the earliest snapshot that is not below
+        `accuracy` and is followed by no snapshot below it. Returns None if the last snapshot is
+        below `accuracy`.
         """
         below = np.flatnonzero(self.accuracy.mean(0) < accuracy)
         first = below[-1] + 1 if len(below) else 0

@@ -5,11 +5,11 @@ As in `jepa3d segment`, the tokens after each third of the encoder's layers are 
 features of a point are interpolated from the tokens of the three nearest patch centres.
 
 The category of each shape is known. For each category, a logistic regression over its parts is
-fitted to the standardised features of at most 256 labelled points per train shape. For each kind of
-features, C (the inverse regularisation strength) is chosen by instance mIoU. It is chosen on the
-data set's own validation split. If the data set has no such split, or if the validation split is
-the scored one, C is chosen on a held-out fifth of train. Then the classifiers are fitted to all of
-train. The scored split (by default test) is used once, with all points of its shapes.
+fitted to the standardised features of at most 256 labelled points per train shape. For each encoder
+and each baseline, C (the inverse regularisation strength) is chosen by instance mIoU. It is chosen
+on the data set's own validation split. If the data set has no such split, or if the validation
+split is the scored one, C is chosen on a held-out fifth of train. Then the classifiers are fitted
+to all of train. The scored split (by default test) is used once, with all points of its shapes.
 """
 
 from collections.abc import Callable, Iterator

@@ -19,7 +19,7 @@ from jepa3d.ops import BatchGenerator, chamfer_l2, gather_points
 
 class GenerativeOutput(NamedTuple):
     loss: Tensor  # scalar, Chamfer-L2 between predicted and true masked patches
-    prediction: Tensor  # B T K 3, masked patches relative to their centres
+    prediction: Tensor  # B T K 3, points of masked patches, relative to their centres
     target: Tensor  # B T K 3, the true masked patches
     encoded: Tensor  # n C, the encoder's output for all visible tokens of the batch
 

@@ -98,10 +98,11 @@ class JEPA(nn.Module):
         [B, M, K], and the teacher's tokens [B, M, E].
 
         With the view term (`target.view`), `points` must hold at least the encoder's `num_points`
-        points per cloud, in farthest point order. The encoder then sees a damaged view of each
-        cloud (`random_view`), and the objective also predicts the teacher's vector of the whole,
-        undamaged cloud. With several masks per cloud (`sampler.masks`, as in AsymDSD, arXiv
-        2506.21724), B in the shapes of the output is the number of clouds times `masks`.
+        points per cloud, in farthest point order. Context and target tokens then come from a
+        damaged view of each cloud (`random_view`), and the objective also predicts the teacher's
+        vector of the whole, undamaged cloud. With several masks per cloud (`sampler.masks`, as in
+        AsymDSD, arXiv 2506.21724), B in the shapes of the output is the number of clouds times
+        `masks`.
         """
         encoder = self.encoder
         view_target = None
@@ -240,8 +241,9 @@ def cosine_loss(prediction: Tensor, target: Tensor, unit: str = "token") -> Tens
     """Compute the mean over blocks of 1 - cos(prediction, target): the equation in the paper's
     section III-E, with its sign corrected.
 
-    prediction, target: [B, A, T, E]. unit: "token" takes the cosine of each token and averages over
-    the block; "block" concatenates the tokens of a block and takes one cosine.
+    prediction, target: [B, A, T, E], or vectors [B, E] if `unit` is "token". unit: "token" takes
+    the cosine of each token and averages over the block; "block" concatenates the tokens of a block
+    and takes one cosine.
     """
     if unit == "block":
         prediction, target = prediction.flatten(-2), target.flatten(-2)

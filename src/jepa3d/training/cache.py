@@ -151,8 +151,10 @@ class CachedTargets:
         return {"batches": 0, "cost": {"cpu_seconds": 0.0, "wall_seconds": 0.0}}
 
     def _open(self, index_of: Callable[[int], np.ndarray]) -> None:
-        """Open targets.npy, or create it if it is missing or damaged. Damage is logged, and then
-        all targets are computed again. Targets that are kept in memory have no file to open.
+        """Open targets.npy. Create it anew if it is damaged, or if no finished batch is recorded.
+
+        Damage is logged, and then all targets are computed again. Targets that are kept in memory
+        have no file to open.
 
         index_of: returns the shape indices of a batch.
         """
