@@ -18,8 +18,8 @@ import numpy as np
 from jepa3d.data.cloud import sample_triangles
 
 MAX_STRETCH = 0.1  # each axis is scaled by a random factor from 0.9 to 1.1
-# Each shape, scaled to radius 1, gets noise on every coordinate. The standard deviation of the noise
-# is drawn from this range, once per shape.
+# Each shape, scaled to radius 1, gets noise on every coordinate. The standard deviation of this
+# noise is drawn once per shape, from this range.
 NOISE = (0.002, 0.006)
 OCCLUDED_SHAPES = 0.3  # probability that a shape loses a region
 MAX_OCCLUSION = 0.25  # largest share of its points that a shape loses with this region
