@@ -266,7 +266,7 @@ def ply_rows(path: Path) -> Iterator[np.ndarray] | None:
 
     Returns None if the file must be read whole, that is, if its vertices have lists, lack a
     coordinate or are not the first element. Returns None as well if its lines end with CR alone.
-    Raises ReadError for a mesh.
+    Raises ReadError for a mesh, and for a damaged header.
     """
     header = read_header(path)
     if any(e.count for e in header.elements if e.name in ("face", "tristrips")):

@@ -4,11 +4,11 @@ Every surface is a *loft*: an array [rings, sides, 3] of closed rings, where qua
 the next. A ring that is shrunk to a point closes an end of the loft. Boxes, surfaces of revolution
 and tubes are lofts, so one function makes all triangles.
 
-A *builder* makes one random shape: it yields tuples `(part name, *lofts)`, with z up and the front
-at -y. The unit of length does not matter, since shapes are normalised afterwards. Some builders
-make several classes, which differ in a single part or in the arrangement of parts, while their
-proportions overlap. The groups of such classes are stool, chair, bench, sofa, table and desk; bowl,
-cup, mug and bathtub; dresser and wardrobe. See `_CLASSES`.
+A *builder* makes one random shape: it yields tuples `(part name, *lofts)`, with z up. The front of
+furniture is at -y. The unit of length does not matter, since shapes are normalised afterwards. Some
+builders make several similar classes, which differ in a few parts or in the ranges of their sizes;
+many of these ranges overlap. The groups of such classes are stool, chair, bench, sofa, table and
+desk; bowl, cup, mug and bathtub; dresser and wardrobe. See `_CLASSES`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +18,8 @@ import numpy as np
 from jepa3d.data.cloud import sample_triangles
 
 MAX_STRETCH = 0.1  # each axis is scaled by a random factor from 0.9 to 1.1
-# range of the standard deviation of a shape's noise, per axis, for a radius of 1
+# Each shape, scaled to radius 1, gets noise on every coordinate. The standard deviation of this
+# noise is drawn once per shape, from this range.
 NOISE = (0.002, 0.006)
 OCCLUDED_SHAPES = 0.3  # probability that a shape loses a region
 MAX_OCCLUSION = 0.25  # largest share of its points that a shape loses with this region
@@ -139,7 +140,7 @@ def _back(
     """Make an upright or leaning backrest at y = `rear`: a panel, or posts with a rail.
 
     foot: height of the lower edge above the ground. height: from the lower to the upper edge.
-    thick: thickness of the panel.
+    thick: thickness of the panel, or of the posts and the rail.
     """
     posts, lean = rng.integers(0, 7), max(0, rng.uniform(-0.2, 0.25)) * height
     low = rng.uniform(0.5, 0.9)
@@ -437,8 +438,8 @@ def make_shapes(num_shapes: int, num_points: int = 1024, seed: int = 0) -> dict[
     """Make a balanced data set; the class of shape i is i modulo the number of classes.
 
     Returns a dict of arrays: "points" [n, num_points, 3] float32, "labels" [n] int64, and "parts"
-    [n, num_points] int16. Shape i depends only on (seed, i), so a longer set begins with the shapes
-    of a shorter one.
+    [n, num_points] int16. For a given `num_points`, shape i depends only on (seed, i), so a longer
+    set begins with the shapes of a shorter one.
     """
     labels = np.arange(num_shapes) % len(CLASS_NAMES)
     points = np.empty((num_shapes, num_points, 3), np.float32)

@@ -52,7 +52,8 @@ def random_view(points: Tensor, num_points: int, generator: BatchGenerator) -> T
     points: clouds [B, M, 3], in farthest point order. Steps:
 
     1. Rotate the cloud about z by a random angle.
-    2. In half of the clouds, remove the points beyond a plane: a share of up to `MAX_CUT`.
+    2. In half of the clouds, remove the points beyond a plane: a share of up to `MAX_CUT`. (If M is
+       less than 2 * num_points, some of these points may remain.)
     3. Keep `num_points * share` points. The share is chosen at random from `VIEW_SHARES`, once for
        the whole batch. Half of the clouds keep an even sample; in the others, density falls along
        one direction by a factor of up to e^3 per radius.

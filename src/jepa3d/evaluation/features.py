@@ -48,8 +48,8 @@ def untrained_like(encoder: PointEncoder, clouds: PointClouds, seed: int = 0) ->
     """Create a randomly initialised encoder with the same settings as `encoder`.
 
     clouds: the first 1,024 of these clouds determine the BatchNorm statistics of the new encoder.
-    If `encoder` standardises its vectors, the new encoder does so too, with the mean and std of the
-    vectors of the same clouds.
+    If `encoder` standardises its vectors, the new encoder does so too, with the mean and std of its
+    own vectors of the same clouds.
     """
     settings = vars(encoder)["_hub_mixin_config"] | {"standardised": False}
     points = clouds.batch(np.arange(min(len(clouds), 1024)))

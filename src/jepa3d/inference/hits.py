@@ -44,8 +44,9 @@ def rank(
 ) -> list[Hit]:
     """Rank vectors [n, E] by their cosine with a query [E] of length 1; returns the k best hits.
 
-    paths and labels: those of the n vectors. Each cosine is summed separately in float64 and
-    rounded to six decimals, so that copies of a cloud get exactly the same cosine.
+    paths and labels: those of the n vectors. The terms of each cosine are summed in float64,
+    separately for each vector, and the cosine is rounded to six decimals. So copies of a cloud get
+    exactly the same cosine.
     """
     x = vectors.astype(np.float64)
     cosine = np.round((x * query).sum(1) / np.linalg.norm(x, axis=1), 6)

@@ -36,7 +36,7 @@ class EmbeddingSpec:
         """Create the specification of the vectors of `encoder`, which was loaded from `model`.
 
         The fingerprint takes time to compute. If `model` is "", it is not computed, and is "" too.
-        Raises ValueError for a setting that does not exist.
+        Raises ValueError if there is no such up axis, layer or pooling.
         """
         if up_axis not in (*TO_Z_UP, "none"):
             raise ValueError(f"up axis {up_axis!r} is unknown: use x, y, z or none")

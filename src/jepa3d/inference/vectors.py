@@ -7,7 +7,7 @@ killed writer changes nothing. The columns are:
 path        the cloud's address (clouds.py), unique
 label       the cloud's class, from its folder or file. If the cloud has no class, the label is its
             name in a file of many clouds. If it has no name either, the label is null
-num_points  number of points as read
+num_points  number of points in the cloud as it was read; for a mesh, the number of its vertices
 stamp       for a cloud in a store, a hash of its content; for any other cloud, a hash of its file's
             size and modification time. While the stamp stays equal, the cloud is unchanged
 vector      [E] float32, not scaled to length 1

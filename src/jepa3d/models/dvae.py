@@ -143,7 +143,7 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
     backbone: folder or Hub id of the frozen ViT between the two DGCNNs; empty if there is no ViT.
     expected_code: whether `features` represents a patch by its expected code, softmax(logits) @
     codebook, instead of by its most likely code. docs/settings.md explains the other arguments.
-    Raises ValueError if `group_size` is not a multiple of 4.
+    Raises ValueError if `group_size` is not a multiple of 4, or if the ViT cannot be loaded.
     """
 
     # An older config.json lacks this setting; a dVAE loaded from it has this value.

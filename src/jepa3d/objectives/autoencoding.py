@@ -1,5 +1,5 @@
-"""The objective that trains the discrete autoencoder (dVAE), as in ACT's first stage. Its tokens
-are then what 3D-JEPA predicts.
+"""The objective that trains the discrete autoencoder (dVAE), as in ACT's first stage. 3D-JEPA
+then predicts the tokens of the trained dVAE.
 """
 
 import math
