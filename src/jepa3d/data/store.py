@@ -69,8 +69,8 @@ class Store:
         try:
             self.header = json.loads((self.path / "store.json").read_text())
             found, shards = self.header.get("format"), self.header.get("shards", ())
-            # for each shard, the index of its first cloud and the index of its first point; the last
-            # entry of each array is the total number of clouds or points
+            # for each shard, the index of its first cloud and the index of its first point; the
+            # last entry of each array is the total number of clouds or points
             self.first = np.cumsum([0] + [shard["clouds"] for shard in shards])
             self._start = np.cumsum([0] + [shard["points"] for shard in shards])
             self.num_points: int | None = self.header["num_points"]
