@@ -193,8 +193,8 @@ def draw_differences(rows: Sequence[Row], path: Target, title: str) -> None:
     """Plot differences from a reference with their 95 % intervals, one panel per metric.
 
     An arm is a configuration that was compared. A panel has one line for each arm and each baseline
-    on each data set. The line is green if the arm or baseline is better, red if it is worse, and
-    grey if the verdict is undecided.
+    on each data set. The line is green if the arm or baseline is better than the reference, red if
+    it is worse, and grey if the verdict is undecided.
     """
     lines = list(dict.fromkeys((row.data, row.name) for row in rows if row.difference))
     metrics = [metric for metric in METRICS if any(row.metric == metric for row in rows)]
@@ -247,10 +247,10 @@ def draw_contact_sheet(clouds: list[np.ndarray], titles: list[str], path: Target
 
 
 def even_sample(points: np.ndarray) -> np.ndarray:
-    """Return at most 4,096 of the points [N, 3].
+    """Return a random sample of at most 4,096 of the points [N, 3].
 
-    They are a random sample. The first points would not do: if a file lists its points by position,
-    they cover only a part of the shape.
+    The first points would not do: if a file lists its points by position, its first points cover
+    only a part of the shape.
     """
     return points[np.sort(np.random.default_rng(0).permutation(len(points))[:_DOTS])]
 

@@ -25,11 +25,13 @@ class PointClouds:
     """Shapes in the standard form or, after `load(raw=True)`, with the points of their source."""
 
     name: str
-    # identifies the data: sha256 of the records of a store's shards (`Store.fingerprint`), of an
-    # .npz file, or of the points; for several sources, sha256 of their fingerprints
+    # identifies the data: for a store, sha256 of the list of shards in its header
+    # (`Store.fingerprint`); for an .npz file, sha256 of the file; for other sources, sha256 of the
+    # points; for several sources, sha256 of their fingerprints
     fingerprint: str
-    # [n, N, 3] float32. After load(raw=True), shapes that are read one by one (those in files other
-    # than .npz bundles) may differ in size, so they are an object array [n] of arrays [N_i, 3].
+    # [n, N, 3] float32. After load(raw=True), shapes that are read into memory one by one (those in
+    # files other than .npz bundles, or in a store) may have different numbers of points, so they
+    # are an object array [n] of arrays [N_i, 3].
     points: np.ndarray | StoredPoints
     labels: np.ndarray | None = None  # [n] int64; None if any shape has no label
     class_names: tuple[str, ...] = ()
@@ -86,14 +88,15 @@ def load(
 ) -> PointClouds:
     """Load one split of all sources as one `PointClouds`.
 
-    If there are several sources, their labels and splits are dropped. sources: synthetic,
-    procedural:COUNT, stores, .npz bundles, benchmarks, folders or files. num_points: number of
-    points of a shape in the standard form. split: train, test, val or all; a source without splits
-    counts as train. up_axis: one value for all sources, or one per source. labels_key: name of the
-    labels array in an .npz bundle. limit: largest number of shapes to read from each source. raw:
-    keep the points as in the source, that is, neither sample nor normalise them; this has no effect
-    on a store that is read on demand. parts: also read part labels, which is possible for a single
-    source only. Raises ValueError or its subclass ReadError.
+    If there are several sources, their labels and splits are dropped. sources: each one is
+    "synthetic", "procedural:COUNT", or the path of a store, an .npz bundle, a benchmark, a folder
+    or a file. num_points: number of points of a shape in the standard form. split: train, test, val
+    or all; if a source has no splits, all its shapes count as train. up_axis: one value for all
+    sources, or one per source. labels_key: name of the labels array in an .npz bundle. limit:
+    largest number of shapes to read from each source. raw: keep the points as in the source, that
+    is, neither sample nor normalise them; this has no effect on a store that is read on demand.
+    parts: also read part labels, which is possible for a single source only. Raises ValueError or
+    its subclass ReadError.
     """
     sources, axes = list(sources), list(up_axis)
     if len(axes) not in (1, len(sources)):
@@ -145,9 +148,9 @@ def _read(
 ) -> tuple[np.ndarray, np.ndarray | None, str]:
     """Read the shapes at `rows`; returns points in the standard form, part labels and a digest.
 
-    raw: keep the points as in the source. Clouds from files may then differ in size, so they are
-    returned as an object array. The digest is a sha256 of the points as in the source; it is not
-    used if the source has a fingerprint.
+    raw: keep the points as in the source. Clouds that are read one by one may then have different
+    numbers of points, so they are returned as an object array. The digest is a sha256 of the points
+    as in the source. If the source has a fingerprint, the digest is not used.
     """
     digest, clouds, part_labels, unseen = hashlib.sha256(), [], [], 0
     starts = range(0, len(rows), shapes.batch)

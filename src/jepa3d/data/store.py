@@ -69,8 +69,8 @@ class Store:
         try:
             self.header = json.loads((self.path / "store.json").read_text())
             found, shards = self.header.get("format"), self.header.get("shards", ())
-            # index of the first cloud of each shard, and index of its first point; the last entries
-            # are the total numbers
+            # for each shard, the index of its first cloud and the index of its first point; the
+            # last entry of each array is the total number of clouds or points
             self.first = np.cumsum([0] + [shard["clouds"] for shard in shards])
             self._start = np.cumsum([0] + [shard["points"] for shard in shards])
             self.num_points: int | None = self.header["num_points"]
@@ -205,7 +205,7 @@ class Store:
             raise ReadError(f"{self.path}: {self.key(row)}: {wrong}")
 
     def _check_index(self) -> None:
-        """Raise ReadError if the checksum of the index differs from the header's."""
+        """Raise ReadError if the index rows of a shard do not have the checksum in the header."""
         for i, shard in enumerate(self.header["shards"]):
             (begin, end), crc = self.first[i : i + 2].tolist(), 0
             for name in COLUMNS:

@@ -44,7 +44,10 @@ def read_table(path: Path, columns: Names | None = None) -> PointCloud:
 
 
 def table_rows(path: Path) -> Iterator[np.ndarray]:
-    """Return an iterator over x, y, z of all rows: chunks [n, 3] float64. Raises ReadError."""
+    """Return an iterator over the rows in chunks: arrays [n, 3] float64 of the columns x, y and z.
+
+    Raises ReadError.
+    """
     table = Table(path)
     return table.rows([*table.used(None).values()][:3])
 
@@ -78,9 +81,9 @@ class Table:
     def used(self, columns: Names | None) -> dict[str, int]:
         """Return a dict from x, y, z and the names of attribute columns, such as nx, to indices.
 
-        columns: for a table with a header, the three names that it has for x, y and z; for a table
-        without a header, the names of all columns. If there is no header and `columns` is None, the
-        first three columns are x, y and z. Raises ReadError.
+        columns: for a table with a header, the three names that the header has for x, y and z; for
+        a table without a header, the names of all columns. If there is no header and `columns` does
+        not name all columns, the first three columns are x, y and z. Raises ReadError.
         """
         row = _fields(self._first, self.mark)
         xyz = columns if columns and len(columns) == 3 else None
@@ -250,13 +253,13 @@ def parsed(
     columns: list[int],
     is_skipped: Callable[[str], bool] = lambda text: False,
 ) -> Iterator[np.ndarray]:
-    """Parse columns of lines of numbers; yields chunks, arrays [n, D] float64.
+    """Parse D columns of a table, given as lines of text; yields chunks, arrays [n, D] float64.
 
     first: number of the first line, for error messages. mark: the delimiter, None for white space.
     columns: indices of the D columns. is_skipped: returns True for further lines to leave out;
-    comments and empty lines are always left out. The first three columns must hold numbers or be
-    empty; if not, or if a line has too few columns, a ReadError names the line. In other columns,
-    text becomes NaN.
+    comments and empty lines are always left out. The first three of the D columns must hold numbers
+    or be empty; if not, or if a line has too few columns, a ReadError names the line. In the other
+    columns, text becomes NaN.
     """
 
     def cells(number: int, line: str) -> Iterator[list[float]]:
@@ -323,8 +326,8 @@ def coordinate_columns(names: Names, columns: Names | None) -> Names:
     """Return the names of the x, y and z columns.
 
     names: the names of all columns. columns: the three names that the user gives; None searches for
-    names such as x, y, z or px, py, pz. Raises ReadError if there are no such columns, or several
-    to choose from.
+    names such as x, y, z or px, py, pz. Raises ReadError if there are no such columns, if two
+    columns share one of these names, or if there are several triples such as px, py, pz.
     """
     wanted, have = tuple(_plain(name) for name in columns or "xyz"), ", ".join(names)
     if twice := [name for name in wanted if names.count(name) > 1]:

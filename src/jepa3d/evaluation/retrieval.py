@@ -6,8 +6,10 @@ once, unless it is alone in its class. All other shapes of the split are ranked 
 shapes of the query's class are relevant. The average precision is computed over the whole ranking;
 equally similar shapes are ranked by their index. Nothing is trained or chosen.
 
-Gains are paired by query. The interval of a gain is from a bootstrap over queries. It ignores that
-another training run would give other scores.
+A gain is how much higher the mean average precision of the first model is than that of another
+model. Gains are paired by query: the two models are compared on each query. The interval of a gain
+is from a bootstrap over queries. This interval ignores that another training run would give other
+scores.
 """
 
 from collections.abc import Callable, Iterator
@@ -104,8 +106,9 @@ def paired_interval(gain: np.ndarray, seed: int = 0) -> list[float]:
 
 
 def compared(values: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
-    """Compare the first model with all others. Returns model -> the gain of the first model over
-    this model: mean and interval. The entry of the first model itself is empty.
+    """Compare the first model with all others. Returns a dict from the name of each other model to
+    the gain of the first model over this model: its mean and its interval. The entry of the first
+    model itself is empty.
 
     values: model -> scores of the same n queries or shapes, in per cent.
     """

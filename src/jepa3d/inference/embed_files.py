@@ -52,7 +52,7 @@ def embed_files(
 
     Raises ValueError for wrong settings, for settings other than those of the vectors in `out`, or
     if another command is writing to `out`. Raises ReadError if a path has no clouds, if no cloud
-    can be used, or if a file in `out` is not a file of vectors.
+    can be used and `out` had no vectors before, or if a file in `out` is not a file of vectors.
     """
     files, shares = _share_files(out, share)
     if workers < 0:

@@ -286,7 +286,7 @@ def prepared(encoder: PointEncoder, points: Tensor) -> Tensor:
     row = torch.where(different < min_points, 2**30, row)
     source = gather_points(chosen, row)
     # Copies are needed if a cloud has fewer than `num_points` different points. Only then are the
-    # distances of all pairs computed, since they are costly.
+    # distances of all pairs of points computed, since these distances are costly.
     copied = (different < encoder.num_points).any()
     # Number of nearest points to look up for each point: itself, and one more for each round of
     # copies.

@@ -21,8 +21,9 @@ def can_repeat(config: RunConfig, processes: int, device: torch.device) -> bool:
     """Return whether a run's step can be recorded as graphs, one per set of tensor sizes.
 
     This is possible for 3D-JEPA on one CUDA GPU, without fp16, SIGReg, cached targets or gradient
-    accumulation. The tensors may have only a few different sizes. Random and one-block masks meet
-    this condition. The other masks do not, since their contexts may have any length.
+    accumulation. The tensors may have only a few different sizes. The samplers "random" and
+    "one_block" meet this condition. The other samplers do not, since their contexts may have any
+    length.
     """
     return (
         torch.get_device_module(device).__name__ == "torch.cuda"
