@@ -213,11 +213,11 @@ class Comparison:
         return [first, *paired.sheets_of(rows, minutes, self.failed, about)]
 
     def _choose_rate(self, arm: str) -> float | None:
-        """Return the learning rate whose run with the first seed has the best accuracy with 10 labels
-        per class (`logistic_10`), averaged over the validation splits of all sets.
+        """Return the learning rate whose run with the first seed has the best accuracy with 10
+        labels per class (`logistic_10`), averaged over the validation splits of all sets.
 
-        If the grid has one rate, this rate is returned without a search. Returns None if the grid has no
-        rates (each arm keeps its own), or if the runs of all rates fail.
+        If the grid has one rate, this rate is returned without a search. Returns None if the grid
+        has no rates (each arm keeps its own), or if the runs of all rates fail.
         """
         rates, seed, scores = self.grid.rates, self.grid.seeds[0], {}
         if len(rates) == 1:
