@@ -304,7 +304,7 @@ class PretrainConfig(RunConfig):
         return tuple(name for name in STAGE_ONE if name in named)
 
     def __post_init__(self) -> None:
-        """Copy the run's schedule into the group of the run's objective, such as `generative`."""
+        """Copy the run's schedule into the group of its objective, if that is in `STAGE_ONE`."""
         if self.objective in STAGE_ONE:
             group = replace(getattr(self, self.objective), **_schedule(self))
             object.__setattr__(self, self.objective, group)

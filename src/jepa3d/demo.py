@@ -18,9 +18,9 @@ DEMO = {"max_steps": 2000, "log_every": 100, "checkpoint_every": 200}
 def run_demo(out: Path, max_steps: int | None = None, shapes: int = 4000) -> None:
     """Run the demo, and write blocks.png, run/, curves.png and probe.json to the folder `out`.
 
-    If a demo in `out` was interrupted, it is continued. max_steps: number of training steps; None:
-    2,000. shapes: number of generated shapes. Raises ValueError if `out` contains files but no
-    demo, or if the demo in `out` has other arguments.
+    If a demo in `out` was interrupted, it is continued. max_steps: number of training steps; None
+    means 2,000. shapes: number of generated shapes. Raises ValueError if `out` contains files but
+    no demo, or if the demo in `out` was started with other arguments.
     """
     run, source = out / "run", f"synthetic:{shapes}"
     if out.exists() and not (run / "config.json").exists() and any(out.iterdir()):

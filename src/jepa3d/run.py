@@ -81,7 +81,7 @@ class Run:
 
     @property
     def task(self) -> str:
-        """What the run does, by the name of its command: pretrain, classify, segment or fewshot."""
+        """What the run does, given as a command's name: pretrain, classify, segment or fewshot."""
         return self.config.get("task", "pretrain")
 
     @property

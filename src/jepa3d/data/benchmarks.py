@@ -39,9 +39,11 @@ _SCANS = {
 def benchmark_at(root: Path, variant: str | None) -> Source | None:
     """Return the benchmark whose files lie at `root`, or None if there is none.
 
-    variant: name of the variant to read; it may be None if `root` has only one. Raises ReadError if
-    `root` lacks the variant, and if a file that many shapes need is missing, such as a list of
-    shapes. If the file of a single shape is missing, only reading its entry raises the error.
+    variant: name of the variant to read; it may be None if `root` has only one variant. Raises
+    ReadError if `root` lacks the variant, if a label is not a class of the benchmark, or if a file
+    that many shapes need is missing, such as a list of shapes. But no error is raised here if a
+    split list of ShapeNetPart is missing, or the file of a single shape. In the second case, the
+    error is raised when the entry of that shape is read.
     """
     if (root / "shapenet_pc").is_dir():
         source = _shapenet55(root)
@@ -125,7 +127,8 @@ def _shapenet55(root: Path) -> Source:
 def _modelnet_normals(root: Path, variant: str | None) -> Source:
     """Read PointNet++'s release of ModelNet: files of 10,000 points with normals.
 
-    The variants are `modelnet10` and `modelnet40`. The release has lists of the files of each.
+    The variants are `modelnet10` and `modelnet40`. For each variant, the release has
+    three lists: of the classes, of the train shapes and of the test shapes.
     """
     lists = sorted(root.glob("modelnet[14]0_shape_names.txt"))
     name = _chosen(root, [path.name.partition("_")[0] for path in lists], variant)
@@ -148,7 +151,7 @@ def _modelnet_hdf5(root: Path) -> Source:
     names, entries = _lines(root / "shape_names.txt", "ModelNet"), []
     for split in ("train", "test"):
         for line in _lines(root / f"{split}_files.txt", "ModelNet"):
-            # the folders in the list are those of its author's machine, so use only the file name
+            # the paths in the list name folders on its author's machine, so use only the file name
             path = root / Path(line).name
             if not path.is_file():
                 _missing("ModelNet", f"{split}_files.txt", path)
@@ -159,7 +162,8 @@ def _modelnet_hdf5(root: Path) -> Source:
 def _rows_of(path: Path, names: Sequence[str], split: str) -> list[Entry]:
     """Return the clouds of an HDF5 file, labelled by class name.
 
-    names: the class names; label i of the file means names[i]. Raises ReadError for other labels.
+    names: the class names; label i of the file means names[i]. Raises ReadError if a label is
+    missing or is not an index of `names`.
     """
     entries = []
     for entry in entries_of(path, path.name, None, split):
@@ -201,7 +205,7 @@ def _scanobjectnn(root: Path, variant: str | None) -> Source | None:
 def _masked(reader: Callable[[], PointCloud]) -> PointCloud:
     """Read a cloud and convert its mask to part labels.
 
-    Part label 0 means background (-1 in the mask), 1 means object.
+    Part label 0 means background, which is -1 in the mask. Part label 1 means object.
     """
     cloud = reader()
     parts = None if cloud.parts is None else (cloud.parts != -1).astype(np.int32)
@@ -211,9 +215,9 @@ def _masked(reader: Callable[[], PointCloud]) -> PointCloud:
 def _shapenetpart(root: Path) -> Source:
     """Read ShapeNetPart in either release.
 
-    One release has files `ID.txt` with normals and global part labels, which are numbered over the
-    parts of all categories. The other has points in `points/ID.pts` and their part labels in
-    `points_label/ID.seg`.
+    One release has files `ID.txt` with points, normals and global part labels: one numbering covers
+    the parts of all categories. The other release has points in `points/ID.pts`, and their part
+    labels in `points_label/ID.seg`; these labels begin at 1 in every category.
     """
     path = root / "synsetoffset2category.txt"
     lines = [line.split() for line in _lines(path, "ShapeNetPart")]
@@ -271,7 +275,10 @@ def _with_parts(first: int, count: int, path: Path) -> PointCloud:
 
 
 def _chosen(root: Path, found: list[str], variant: str | None) -> str:
-    """Return the named variant, or the only one if none is named. Raises ReadError."""
+    """Return the named variant, or the only one if none is named.
+
+    Raises ReadError if the named variant was not found, or if none is named and there are several.
+    """
     if variant is None and len(found) == 1:
         return found[0]
     if variant not in found:

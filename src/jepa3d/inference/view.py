@@ -103,8 +103,8 @@ class Page:
         self.view: View | None = None
         self.picked: int | None = None
         self.generator = torch.Generator().manual_seed(0)
-        # Viser calls back from many threads. The lock is reentrant, since setting the value of a
-        # control also calls back.
+        # Viser runs the callbacks below in many threads. The lock is reentrant, since setting the
+        # value of a control also runs its callback.
         self.lock = threading.RLock()
         gui, count = server.gui, len(items)
         files = [shortened(Path(item.path).name, 24) for item in items]
@@ -163,7 +163,8 @@ class Page:
         Raises ReadError or OSError if the cloud cannot be read; the previous cloud then stays
         visible.
         """
-        # The row is set before the chooser, since a change of the chooser calls `go`.
+        # The row is set before the chooser: a change of the chooser calls `go`, which does nothing
+        # if the row is set already.
         self.row = self.rows.get(item.path, -1)
         if self.row >= 0:
             self.chooser.value = self.choices[self.row]
@@ -219,7 +220,7 @@ class Page:
         self._say(f"<b>{self.title}</b>: {view.total:,} points{drawn}<br>{meaning}")
 
     def _colors(self, view: View, by: str, picked: int | None) -> tuple[Any, str]:
-        """Compute colours [N, 3] uint8 of the points. Returns them with HTML that explains them."""
+        """Return the colours of the points, [N, 3] uint8, and HTML text that explains them."""
         if by == OWN and view.colors is not None:
             return view.colors, "as in the file"
         if by == PCA:
@@ -299,8 +300,8 @@ def open_page(
     server = serve(port)
     try:
         page = Page(server, items, look, index)
-        # If there are several clouds, an error of the first is shown on the page and does not stop
-        # the server.
+        # If there are several clouds and the first cannot be shown, the error is shown on the page,
+        # and the server keeps running.
         first = page.go if len(items) == 1 else page.callback(page.go)
         with page.lock:
             first(0)

@@ -44,7 +44,7 @@ class Ragged:
         return rows if self._place is None else rows.index_select(-2, self._place)
 
     def per_row(self, values: Float[Tensor, "b c"]) -> Rows:
-        """Repeat the values of each cloud [B, C] for each of its rows; returns [n, C]."""
+        """Give each row the values of its cloud: values [B, C] become rows [n, C]."""
         return self.pack(values[:, None].expand(-1, self.longest, -1))
 
 
@@ -52,10 +52,10 @@ class Joint:
     """Layout of [context ; mask tokens] for P decoder passes per cloud.
 
     A decoder pass is one forward pass of the decoder, which predicts one target block of a cloud,
-    or all its target blocks. The rows of the contexts come first, then those of B * P * T mask
-    tokens. Rows have one of three forms: with one copy of each context, which all passes share;
-    with one copy of each context per pass; or without contexts. context: layout of the contexts.
-    passes: P. length: number of mask tokens per pass, T.
+    or all its target blocks. The rows of the contexts come first, then the rows of the
+    B * P * T mask tokens. Rows have one of three forms: with one copy of each context, which all
+    passes share; with one copy of each context per pass; or without contexts. context: layout of
+    the contexts. passes: P. length: number of mask tokens per pass, T.
     """
 
     def __init__(self, context: Ragged, passes: int, length: int):
@@ -98,8 +98,8 @@ class Joint:
         return torch.cat([head.repeat(self.passes, 1), tail])
 
     def per_row(self, values: Float[Tensor, "b c"]) -> Rows:
-        """Repeat the values of each cloud [B, C] for each of its rows, with one copy of each
-        context per pass; returns [n, C].
+        """Give each row the values of its cloud: values [B, C] become rows [n, C], with one copy of
+        each context per pass.
         """
         length = self.context.longest + self.length
         return self.pack(values[:, None, None].expand(-1, self.passes, length, -1))

@@ -93,7 +93,7 @@ def random(centers: Centers, generator: Generator, mask_ratio: float = 0.25) -> 
     """Sample int(mask_ratio * M) random tokens, but at least one, as the target; all other tokens
     are the context (random masking, the paper's Table IV).
 
-    Raises ValueError unless 0 < mask_ratio < 1.
+    M is the number of tokens of a cloud. Raises ValueError unless 0 < mask_ratio < 1.
     """
     order = uniform(generator, centers.shape[:2], centers.device).argsort(1)
     size = max(1, int(_fraction((mask_ratio, mask_ratio), None) * centers.shape[1]))
@@ -105,7 +105,7 @@ def one_block(centers: Centers, generator: Generator, mask_ratio: float = 0.25) 
     nearest to a random token. All other tokens are the context (one-block masking, the paper's
     Table IV).
 
-    Raises ValueError unless 0 < mask_ratio < 1.
+    M is the number of tokens of a cloud. Raises ValueError unless 0 < mask_ratio < 1.
     """
     size = max(1, int(_fraction((mask_ratio, mask_ratio), None) * centers.shape[1]))
     start = _random_token(centers, generator)
@@ -124,11 +124,12 @@ def sequence(
     Point-JEPA's sampler (Saito et al. 2024, section 3.2).
 
     The walk starts at the token whose coordinates have the smallest sum, and always goes to the
-    nearest token not yet visited. Each target is a span of int(target_ratio * M) tokens at a random
-    place of the walk. Then the tokens of all targets are removed from the walk, and the context is
-    a span of int(context_ratio * R) of the R remaining tokens; so a context may lie on both sides
-    of a target. Each of the two ratios is drawn once per batch, between its low and high value. The
-    arguments are those of `multi_block`, but `context_ratio` is a share of the R tokens.
+    nearest token not yet visited. Each target is a span of int(target_ratio * M) of the M tokens,
+    at a random place of the walk. Then the tokens of all targets are removed from the walk, and the
+    context is a span of int(context_ratio * R) of the R remaining tokens; so a context may lie on
+    both sides of a target. Each of the two ratios is drawn once per batch, between its lowest and
+    its highest value. The arguments are those of `multi_block`, but `context_ratio` is a share of
+    the R tokens.
 
     Raises ValueError if a context is still too small after 20 redraws, or for a ratio outside
     0 < low <= high <= 1.
@@ -207,8 +208,8 @@ def _compact(
     """Find the True entries of a mask [B, M]. Returns their indices [B, V], and a mask [B, V] that
     is False at padding.
 
-    counts: the number of True entries of each cloud; V is the largest of them. Padding repeats the
-    first index.
+    counts: the number of True entries of each cloud; V is the largest of these numbers. Padding
+    repeats the first index of the same cloud.
     """
     longest = max(counts)
     index = context.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :longest]

@@ -2,9 +2,10 @@
 seeds, score every run once, and compare each arm with a reference arm.
 
 OUT/runs/ARM-SEED/   a run of jepa3d pretrain, and the scores of its vectors in scores-*.json. The
-                     runs of the reference also have the scores of the baselines. Fine-tuning runs
-                     are in sub-folders finetuned-*. If the grid gives learning rates (`lr`), the
-                     folder's name is ARM-lrRATE-SEED
+                     runs of the reference also have the scores of the baselines (their untrained
+                     encoders, and handcrafted vectors). Fine-tuning runs are in sub-folders
+                     finetuned-*. If the grid gives learning rates (`lr`), the folder's name is
+                     ARM-lrRATE-SEED
 OUT/costs.json       CPU seconds per step, if arms get equal CPU time
 OUT/log.txt          the log of all runs
 OUT/table.md         the tables
@@ -192,7 +193,9 @@ class Comparison:
         }
 
     def sheets(self, rows: list[paired.Row], record: dict[str, Any]) -> list[Sheet]:
-        """Return the tables: first the arms with the protocol, then one table for every scored set."""
+        """Return the tables: first a table of the arms, with the protocol in its notes, then one
+        table for every scored set.
+        """
         arms, lines, about = record["arms"], [], {}
         for arm, values in arms.items():
             changed = plain_settings(values["overrides"]).items()
@@ -210,11 +213,11 @@ class Comparison:
         return [first, *paired.sheets_of(rows, minutes, self.failed, about)]
 
     def _choose_rate(self, arm: str) -> float | None:
-        """Return the learning rate whose run with the first seed has the best accuracy logistic_10
-        (10 labels a class), averaged over the validation splits of all sets.
+        """Return the learning rate whose run with the first seed has the best accuracy with 10
+        labels per class (`logistic_10`), averaged over the validation splits of all sets.
 
-        If the grid has one rate, it is returned without a search. Returns None if the grid has no
-        rates (each arm keeps its own), or if the runs of all rates fail.
+        If the grid has one rate, this rate is returned without a search. Returns None if the grid
+        has no rates (each arm keeps its own), or if the runs of all rates fail.
         """
         rates, seed, scores = self.grid.rates, self.grid.seeds[0], {}
         if len(rates) == 1:
@@ -313,7 +316,8 @@ class Comparison:
         return {name: np.stack([some[name] for some in found]) for name in found[0]}
 
     def _finetuned(self, name: str, arm: str, dataset: LabelledSet) -> np.ndarray:
-        """Fine-tune the encoders `name` (encoder or untrained) of an arm's runs.
+        """For each run of an arm, fine-tune the encoder in the run's sub-folder `name`, which is
+        "encoder" or "untrained".
 
         Returns an array [seeds, shapes]: 100 where the predicted class is correct, else 0.
         """

@@ -126,9 +126,10 @@ def begin(
 ) -> tuple[Config, PointEncoder | None, bool]:
     """Check the settings, and load the encoder.
 
-    Returns the settings with the encoder's sizes, the encoder, and whether `out` is a run to
-    continue. The encoder is None if the run starts from scratch. Raises ValueError for settings
-    that cannot work, or that differ from the settings of the run to continue.
+    Returns the settings, the encoder, and whether `out` is a run to continue. In the returned
+    settings, the group `encoder` holds the loaded encoder's own settings. The encoder is None if
+    the run starts from scratch. Raises ValueError for settings that cannot work, or that differ
+    from the settings of the run to continue.
     """
     started = runs.begin(out, resume)
     config = settle(config, out if started else None)
@@ -143,8 +144,8 @@ def begin(
 
 
 def _targets(clouds: PointClouds, index: np.ndarray) -> tuple[torch.Tensor, ...]:
-    """Return the labels [B] of the shapes at `index`. If the data has part labels, also return
-    those of the shapes' points, [B, N].
+    """Return the labels [B] of the shapes at `index`. If the data has part labels, also return the
+    part labels [B, N] of the points of these shapes.
     """
     assert clouds.labels is not None
     labels = torch.from_numpy(clouds.labels[index])
@@ -156,9 +157,9 @@ def _targets(clouds: PointClouds, index: np.ndarray) -> tuple[torch.Tensor, ...]
 def start_encoder(config: FinetuneConfig, copied: Path | None) -> PointEncoder | None:
     """Load the encoder that a run starts from, with the run's number of points and patches.
 
-    Returns None for a run from scratch. copied: the encoder's copy in a started run. The copy is
-    read instead of the source, since the source may have changed. Raises ValueError if the network
-    is not an encoder.
+    Returns None for a run from scratch. copied: if the run is continued, the folder of its copy of
+    the encoder, else None. The copy is read instead of `config.init`, since the network that
+    `config.init` names may have changed. Raises ValueError if the loaded network is not an encoder.
     """
     source = str(copied) if copied else config.init
     if source is None:
@@ -179,8 +180,8 @@ def encoder_config(encoder: PointEncoder) -> EncoderConfig:
 
 
 def size_overrides(config: FinetuneConfig) -> dict[str, Any]:
-    """Return those of the settings num_points and num_groups that are set; they replace the
-    encoder's own values.
+    """Return the settings `num_points` and `num_groups`, each only if it is not None; they replace
+    the encoder's own values.
     """
     found = {"num_points": config.num_points, "num_groups": config.num_groups}
     return {name: value for name, value in found.items() if value is not None}
@@ -190,9 +191,10 @@ def make_network(
     config: FinetuneConfig, data: Labelled, train: PointClouds, encoder: PointEncoder | None
 ) -> Network:
     """Create the network with random weights from the seed, then copy the weights of `encoder` to
-    it. If `encoder` is None, only the BatchNorm statistics are computed, from train shapes.
+    the network's encoder. If `encoder` is None, the weights stay random, and the statistics of the
+    BatchNorms are computed from train shapes.
 
-    If config.trained is "head_first", the head is fitted to the encoder's vectors of the train
+    If `config.trained` is "head_first", the head is fitted to the encoder's vectors of the train
     shapes.
     """
     arguments: dict[str, Any] = vars(config.encoder) | size_overrides(config)
@@ -267,7 +269,7 @@ def pretraining_of(init: str | None) -> dict | None:
     """
     if init is None or Path(init).name == "untrained":
         return None
-    # `init` is a run's folder, or one of the folders encoder and snapshots/step-N in it.
+    # An `init` from a run is the run's folder, or one of its folders encoder and snapshots/step-N.
     folders = (Path(init), *Path(init).parents[:2])
     run = next((Run(folder) for folder in folders if Run.is_at(folder)), None)
     if run is None or run.task != "pretrain":

@@ -81,8 +81,8 @@ def fit(
     run: the run's folder; if None, nothing is written (dry run). stop_at: step at which the run
     stops early. Returns the final state: step, cpu_seconds, wall_seconds, peak_memory (bytes), best
     (the step and score of the best epoch), metrics (those logged last), step_seconds and
-    step_cpu_seconds (wall and CPU time per step before the last log), and mixed_precision (the
-    precision that was used).
+    step_cpu_seconds (wall and CPU seconds per step, averaged over the steps between the last two
+    logs), and mixed_precision (the precision that was used).
 
     On Ctrl-C, on SIGTERM, or at step `stop_at`, saves a checkpoint and raises Interrupted. Raises
     Diverged if the loss is NaN or infinite, ReadError for unreadable data, and ValueError if the
@@ -271,8 +271,8 @@ def to_device(points: Tensor, device: torch.device) -> Tensor:
 
 
 def _has_saved(run: Path, config: RunConfig) -> bool:
-    """Return whether the run must have saved a checkpoint. This is the case if it logged a step
-    after step `checkpoint_every`, at which a checkpoint is saved.
+    """Return whether the run must have saved a checkpoint. The first checkpoint is saved at step
+    `config.checkpoint_every` at the latest, so the answer is yes if a later step was logged.
     """
     return any(line["step"] > config.checkpoint_every for line in Run(run).metrics)
 
@@ -300,8 +300,8 @@ def epoch_order(
 ) -> np.ndarray:
     """Return the sample indices of an epoch in random order.
 
-    A store of many shards is shuffled within groups of `WINDOW` random shards, so that few files
-    are open at once.
+    A store of more than `WINDOW` shards is shuffled within groups of `WINDOW` random shards, so
+    that few files are open at once.
     """
     rng = np.random.default_rng([seed, epoch])
     if len(shard_sizes) <= WINDOW:

@@ -11,11 +11,12 @@ from jepa3d.config import Schedule
 
 def adamw(model: nn.Module, schedule: Schedule, layer_decay: float = 1.0) -> torch.optim.AdamW:
     """Create the optimiser for the parameters of `model` that need gradients. Weight decay applies
-    only to parameters with two or more dimensions, so not to biases and norms.
+    only to parameters with two or more dimensions, so not to biases, nor to the parameters of
+    normalisation layers.
 
-    layer_decay: factor that multiplies the learning rate from each encoder block to the block
-    before it, as in BEiT. The "lr_scale" of a parameter group is the product of these factors for
-    its layer.
+    layer_decay: the learning rate of each encoder block, divided by that of the next block, as in
+    BEiT. The "lr_scale" of a parameter group is the factor of its learning rate that `_lr_scales`
+    computes.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     scales = _lr_scales(model, layer_decay)
@@ -52,8 +53,9 @@ def total_steps(schedule: Schedule, num_samples: int) -> int:
 
 
 def learning_rate(schedule: Schedule, step: int, total: int, num_samples: int) -> float:
-    """Return the learning rate of a step. It rises linearly from `min_lr` for `warmup_epochs` (at
-    most a tenth of the run), and then follows a cosine down to `min_lr`.
+    """Return the learning rate of a step. It rises linearly from `min_lr` during the warm-up, which
+    takes `warmup_epochs` or a tenth of the run, whichever is shorter. Then it follows a cosine down
+    to `min_lr`.
 
     As in timm's scheduler, which Point-MAE and ACT use, the cosine starts at the first step, not at
     the end of the warm-up.

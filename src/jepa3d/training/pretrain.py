@@ -39,7 +39,7 @@ from jepa3d.training.runs import count_parameters, is_main, wait_for_everyone
 from jepa3d.validate import departures, validate
 
 Network = DVAE | PointEncoder
-# number of steps that measure the CPU time per step of a stage; the first step is not timed
+# number of steps taken to measure the CPU time per step of a stage; the first step is not timed
 TIMED_STEPS = 9
 
 
@@ -60,7 +60,8 @@ def make_task(
     # An EMA teacher uses these BatchNorm statistics from step 1.
     calibrate_batchnorm(encoder, clouds.batch(_some(config.seed, len(clouds))))
     if objective == "jepa":
-        # The teacher "untrained" is copied before the warm start, the teacher "ema" after it.
+        # The teacher "untrained" is a copy of the encoder before `warm_start`. The teacher "ema" is
+        # a copy after it.
         networks = networks | {"untrained": copy.deepcopy(encoder)}
         if config.init:
             warm_start(encoder, networks[config.init], config.init)
@@ -88,7 +89,7 @@ def _export(network: Network, clouds: PointClouds, seed: int, folder: Path) -> N
 
 
 def make_dvae(config: PretrainConfig) -> DVAE:
-    """Create the stage-I dVAE, with the student's num_groups and group_size."""
+    """Create the dVAE of stage I, with the student's settings `num_groups` and `group_size`."""
     names = "width num_codes num_points tokenizer_dim dgcnn_dim folding_dim".split()
     sizes = {name: getattr(config.dvae, name) for name in names}
     encoder = config.encoder
@@ -98,7 +99,7 @@ def make_dvae(config: PretrainConfig) -> DVAE:
 
 
 def make_teacher(config: PretrainConfig, networks: dict[str, Network]) -> Teacher | None:
-    """Combine all teachers of the configuration into one; returns None if it has no teacher."""
+    """Combine all teachers of the configuration into one; returns None if `teacher` is "none"."""
     if config.teacher == ("none",):
         return None
     teachers, target = [networks[name] for name in config.teacher], config.target
@@ -188,13 +189,13 @@ def pretrain(
 
 
 def teacher_to_cache(config: PretrainConfig, task: Task) -> Teacher | None:
-    """Return the frozen teacher whose targets are cached, or None if none are cached."""
+    """Return the frozen teacher whose targets are cached, or None if no targets are cached."""
     cached = config.target.cache and isinstance(task.objective, JEPA)
     return task.objective.teacher if cached else None
 
 
 def with_cache(task: Task, clouds: PointClouds, config: PretrainConfig, out: Path | None) -> Task:
-    """If target.cache is set, compute the teacher's targets, and return the task that uses them.
+    """If `target.cache` is True, compute the teacher's targets, and return the task that uses them.
     Otherwise return the task unchanged.
 
     out: the run's folder, where the targets are stored; None keeps the targets in memory.
@@ -237,9 +238,9 @@ def clouds_of(
 ) -> PointClouds:
     """Load the data, with as many points per cloud as an objective needs.
 
-    3D-JEPA with views (target.view) gets twice as many points, if the data has them. loaded: clouds
-    to return unchanged if they already have the correct number of points. limit: the largest number
-    of clouds to read.
+    3D-JEPA with views (`target.view` > 0) gets twice as many points, if the data has them. loaded:
+    clouds to return unchanged if they already have the correct number of points. limit: the largest
+    number of clouds to read.
     """
     sizes_of = config.dvae if objective == "dvae" else config.encoder
     num_points = sizes_of.num_points
@@ -276,8 +277,8 @@ def try_stages(
 
     The stages are the trainings of stage I, and then the run's own training. Yields for each stage:
     its name, its task, the clouds, the number of shapes in the whole data, the estimated wall and
-    CPU seconds to cache the teachers' targets of all shapes (0 if they are not cached), and the
-    final state of `fit`.
+    CPU seconds to cache the teacher's targets for all shapes (0 for stages without cached targets),
+    and the final state of `fit`.
     """
     networks = load_given(config, None)
     for stage in (*config.stages, config.objective):

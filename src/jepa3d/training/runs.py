@@ -154,8 +154,9 @@ def create(
 def check_batch(config: RunConfig, name: str, size: int) -> None:
     """Check a batch size. name: what error messages call the batch size.
 
-    Raises ValueError if the batch size is not a multiple of processes x accumulate. On a machine
-    without a GPU, also raises it if the weights or the batch cannot fit into memory.
+    Raises ValueError if the batch size is not a multiple of the number of processes times
+    `accumulate`. On a machine without a GPU, also raises ValueError if the weights or the batch
+    cannot fit into memory.
     """
     accumulate, encoder = config.accumulate, config.encoder
     memory = psutil.virtual_memory().total if ON_CPU else float("inf")
@@ -182,9 +183,9 @@ def check_batch(config: RunConfig, name: str, size: int) -> None:
 
 
 def cost_of(out: Path, state: dict) -> dict[str, float]:
-    """Return a run's cost. The time of stage I (the training of networks that the run needs first)
-    and of cached targets is not part of cpu_seconds and wall_seconds, but has its own keys,
-    stage1_*.
+    """Return a run's cost. The keys `cpu_seconds` and `wall_seconds` do not include the time spent
+    before the first step: on stage I (the training of networks that the run needs first) and on
+    computing cached targets. This time has its own keys, `stage1_*`.
     """
     names = ("step", "cpu_seconds", "wall_seconds", "peak_memory")
     cost = {key: state[key] for key in names}
