@@ -53,7 +53,7 @@ def facts(values: dict[str, Any]) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]], strong: str | None = None) -> str:
-    """Return a table. strong: the first value of the row to emphasise."""
+    """Return a table. strong: rows whose first value is `strong` are emphasised."""
 
     def cell(value: Any) -> str:
         if isinstance(value, Bar):

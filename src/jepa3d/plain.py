@@ -100,11 +100,12 @@ def from_dict(cls: type, values: dict, where: str = "") -> Any:
 
 
 def setting(default: Any, help: str = "", allowed: str | None = None, **presets: Any) -> Any:
-    """Make a field of a dataclass of settings (`configuration`).
+    """Make a field of a dataclass of settings (see `configuration`).
 
     help: the field's text in `--help` and docs/settings.md. allowed: the range of a number, or of
-    each number in a tuple, such as "[0, 1)"; "[0, 1] rising" also requires low <= high. presets:
-    preset name -> value, for the presets that change the default.
+    each number in a tuple, such as "[0, 1)"; "[0, 1] rising" also requires that no number is lower
+    than the number before it. presets: preset name -> value, for the presets that change the
+    default.
     """
     metadata = {"doc": help, "range": allowed, "presets": presets}
     return dataclasses.field(default=default, metadata=metadata)

@@ -4,7 +4,7 @@ vectors of corrupted shapes retrieve shapes of the same class, or predict the cl
 First all points of a shape are corrupted, in one of the ways that data/corruptions.py lists. Then
 frame.py normalises the shape and chooses the points that the networks see. The encoder and the
 baselines are given the same corrupted shape. The shapes that are searched, or to which classifiers
-are fitted, are not corrupted. No setting is chosen.
+are fitted, are not corrupted. No setting is tuned: the layer and the regularisation C are fixed.
 """
 
 from typing import Any, Literal
@@ -33,12 +33,12 @@ def corrupted(
     """Score each model, and the baselines of the first model, on corrupted shapes of a split.
 
     task: "retrieval" searches the clean shapes of the split, except the clean copy of the query.
-    Its metrics are mAP and the share of queries whose nearest neighbour is correct. The metrics of
-    "probe" are the accuracies of two protocols of probe.py, logistic_10 and knn, whose classifiers
-    are fitted to clean train shapes. part: the split, see `opened`. Returns the result record. For
-    clean shapes and for every kind of corruption, the record has one list per model and metric,
-    with one score per severity. Raises ValueError or ReadError if a model or the data cannot be
-    used.
+    Its metrics are mAP and the share of queries whose nearest neighbour has the query's class. The
+    metrics of "probe" are the accuracies of two protocols of probe.py, logistic_10 and knn, whose
+    classifiers are fitted to clean train shapes. part: the split, see `opened`. Returns the result
+    record. For clean shapes and for every kind of corruption, the record has one list for each
+    metric of each model or baseline, with one score per severity. Raises ValueError or ReadError if
+    a model or the data cannot be used.
     """
     searches = task == "retrieval"
     record: dict[str, Any] = {}

@@ -30,8 +30,8 @@ from jepa3d.plain import log, progress_bar
 
 OUTPUTS = (".ply", ".las", ".laz", ".parquet")
 DTYPES = ("float32", "float16")
-# At most `BATCH` tiles are encoded at once. Fewer are encoded at once if their patches would have
-# more than `_PATCH_POINTS` points together.
+# At most `BATCH` tiles are encoded at once. The number is smaller if the patches of `BATCH` tiles
+# would have more than `_PATCH_POINTS` points together.
 BATCH, _PATCH_POINTS = 32, 32_768
 SAMPLE = 500_000  # number of random points from which the tile size is chosen
 # A tile with more points than this is reduced at random to about this many points before farthest
@@ -46,7 +46,7 @@ _BATCH_POINTS, _BATCH_BLOCKS = 16_384, 128
 # `_PCA_POINTS` points of each cell.
 _PCA_CELLS, _PCA_POINTS = 64, 256
 
-Records = np.ndarray  # n points, of dtype `RECORD`
+Records = np.ndarray  # an array [n] of points, with the dtype `RECORD` (see cells.py)
 # Origin [3] (float64), radius, centers [M, 3] and tokens [M, C] of a tile. In the scene's z-up
 # coordinates, the centers are at `origin + radius * centers`.
 Tile = tuple[np.ndarray, float, Tensor, Tensor]
@@ -67,8 +67,8 @@ class Features:
         self.encoder, self.cells, self.grid = encoder, cells, cells.grid
         tiles = tiles_of(self.grid, cells.coords, cells.counts)
         self.coords, self.counts, around = tiles
-        # The numbers [n, k] of the k tiles of each cell; -1 for a tile that is left out. A cell
-        # without any tile gets a tile of its own.
+        # For each of n cells, the indices [n, k] of its k tiles; -1 for a tile that is left out. A
+        # cell whose tiles are all left out gets a tile of its own, with a further index.
         self.slots = np.where(self.counts[around] >= encoder.min_points, around, -1)
         self.alone = np.flatnonzero((self.slots < 0).all(1))
         self.slots[self.alone, 0] = len(self.coords) + np.arange(len(self.alone))
@@ -223,8 +223,9 @@ def write_features(
 
     tile: side of a tile in the file's unit. By default, the side is chosen so that the median tile
     has about twice as many points as the encoder sees (its `num_points`). The disk of `out` needs
-    32 bytes of temporary space per point, and space for the results (see `_check_space`). An
-    interrupted call leaves no files behind, and the next call starts from the beginning.
+    32 bytes of temporary space per point (35 bytes if colours are written), and space for the
+    results (see `_check_space`). An interrupted call deletes its temporary files. If its process is
+    killed, the next call deletes them. The next call always starts from the beginning.
 
     Raises ValueError for wrong settings, or if another command is writing to `out`. Raises
     ReadError for a scan that cannot be used, and OSError if the disk has too little space.

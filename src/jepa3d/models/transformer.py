@@ -43,7 +43,9 @@ class Attention(nn.Module):
             key_value = keys.pad(key_value)
             mask = keys.mask if keys.mask is None else keys.mask.flatten(0, -2)[:, None, None]
         key_value = key_value.flatten(0, -3)
-        lead = query.shape  # decoder passes that share keys become one sequence of queries below
+        # If all decoder passes of a cloud (see layout.py) attend to the same keys, the queries of
+        # these passes are joined into one sequence here. `out` later gets the shape `lead` back.
+        lead = query.shape
         query = query.reshape(
             len(key_value), -1, self.num_heads, lead[-1] // self.num_heads
         ).transpose(1, 2)
@@ -101,7 +103,7 @@ def drop_path_scales(
     rate: float, batch: int, depth: int, generator: BatchGenerator | None, like: Tensor
 ):
     """Choose at random which residual branches are dropped (stochastic depth, Huang et al. 2016);
-    returns factors for the branches' outputs, [batch, depth, 2].
+    returns factors [batch, depth, 2] for the outputs of the two branches of each block.
 
     A factor is 0 for a dropped branch, else 1 / (1 - drop rate). The drop rate rises linearly from
     0 in the first block to `rate` in the last. like: a tensor of the wanted device and dtype.
@@ -125,13 +127,15 @@ def init_xavier(module: nn.Module) -> None:
     the decoders of Point-MAE and ACT.
 
     In those decoders one matrix [C, 3C] computes query, key and value. So the weights of all three
-    are drawn here within the bound of a matrix of that size.
+    are drawn here within the Xavier bound of a matrix of that size.
     """
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif isinstance(module, Attention):  # `apply` has set its layers' weights: set them again
+    elif isinstance(module, Attention):
+        # `Module.apply` visits the linear layers inside `Attention` first, so the branch above has
+        # already drawn the weights of query and key_value. Draw them again.
         bound = math.sqrt(6 / (4 * module.out.in_features))
         nn.init.uniform_(module.query.weight, -bound, bound)
         nn.init.uniform_(module.key_value.weight, -bound, bound)
