@@ -34,7 +34,8 @@ class BatchGenerator:
     draws the same numbers as an uninterrupted run, and checkpoints need no generator state.
 
     first: index of this process's first row in the global batch. total: number of rows of the
-    global batch, or None if there is only one process.
+    global batch, or None if there is only one process. stream: name of the purpose for which the
+    numbers are drawn, see the method `stream`.
     """
 
     def __init__(
@@ -216,7 +217,7 @@ def farthest_point_sample(
     kernel = _triton() if points.is_cuda and single else None
     if kernel and num_points <= kernel.MAX_POINTS:
         return kernel.farthest_point_sample(points, num_samples, start)
-    # For fewer than 512 points the batched torch loop is as fast.
+    # For fewer than 512 points the batched torch loop is as fast as the compiled function.
     if points.device.type == "cpu" and single and num_points >= 512 and _quickfps():
         return _farthest_point_sample_compiled(points, num_samples, start)
     return _farthest_point_sample_reference(points, num_samples, start)

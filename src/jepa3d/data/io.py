@@ -33,8 +33,9 @@ def read(
 
     row: index of the cloud in a file of many clouds (HDF5, NPZ, NPY). columns: for a table
     with a header, the three names that it has for x, y and z; for a .bin file or a table without
-    header, the names of all columns. reader: a reader of the user as `package.module:function`; the
-    function gets the path and returns points [n, 3] or a `PointCloud`.
+    header, the names of all columns. reader: the user's own function that reads a file, as
+    `package.module:function`; this function gets the path and returns points [n, 3] or a
+    `PointCloud`.
     """
     path = Path(path)
     if reader is not None:

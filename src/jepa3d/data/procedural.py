@@ -87,7 +87,7 @@ def _solid(rng: Rng) -> np.ndarray:
     Returns a loft [rings, SIDES, 3] that lies roughly in the cube [-1, 1]^3.
     """
     outline, profile = _outline(rng), _profile(rng)
-    # sweep along an arc or a full circle, which needs more rings than a straight line
+    # sweep along an arc or a full circle; this needs more rings than a sweep along a straight line
     if rng.random() < 0.2:
         at, known = np.linspace(0, len(profile) - 1, 17), np.arange(len(profile))
         profile = np.stack([np.interp(at, known, column) for column in profile.T], 1)
@@ -108,7 +108,8 @@ def _solid(rng: Rng) -> np.ndarray:
 def _rotation(rng: Rng) -> np.ndarray:
     """Choose a rotation matrix [3, 3].
 
-    It maps z to a coordinate axis (75 %), tilts by a small angle (15 %), or is any rotation (10 %).
+    It maps z to a coordinate axis (75 %), rotates by less than 70 degrees about a random axis
+    (15 %), or is any rotation (10 %).
     """
     kind = rng.random()
     if kind < 0.75:
@@ -164,7 +165,7 @@ def _compose(count: int, rng: Rng) -> np.ndarray:
         corners = loft.reshape(-1, 3)
         low, high = corners.min(0), corners.max(0)
         half, place, about = (high - low) / 2, (low + high) / 2, np.zeros(3)
-        if i:  # move it against a side of an earlier part
+        if i:  # move the new part against a side of an earlier part
             about, other = boxes[rng.integers(len(boxes))]
             axis, side = rng.choice(3, p=(0.25, 0.25, 0.5)), rng.choice([-1, 1])
             moved = about + rng.uniform(-1, 1, 3) * other * (rng.random() < 0.7)
@@ -191,7 +192,7 @@ def _compose(count: int, rng: Rng) -> np.ndarray:
 
 
 def _bend(points: np.ndarray, rng: Rng) -> np.ndarray:
-    """Twist, taper, bend or ripple points in the unit sphere along a random axis."""
+    """Twist, taper, bend or ripple points in the unit sphere along a random coordinate axis."""
     kind, axes = rng.integers(4), _AXES[rng.integers(3)]
     x, y, z = (points @ axes.T).T
     if kind == 0:  # twist
@@ -230,13 +231,14 @@ def _seen(points: np.ndarray, rng: Rng) -> np.ndarray:
 
 
 def make_procedural(i: int, num_points: int = POINTS, seed: int = 0) -> np.ndarray:
-    """Make shape i of an endless sequence of shapes, which depends on the seed.
+    """Make shape i of an endless sequence of shapes. Each seed gives another sequence.
 
-    Returns the points, an array [num_points, 3] float32, with z up, centroid 0 and radius 1. They
-    are the same on every machine up to differences of 1e-5. About a third of the shapes have a box
-    or a ball cut out, a third are bent, a fifth keep only the points that are visible from one
-    side, and a fifth lose the points beyond a plane. These changes are independent of each other.
-    If cutting out and hiding would leave too few points, neither is done. All shapes get noise.
+    Returns the points, an array [num_points, 3] float32, with z up, centroid 0 and radius 1. The
+    points are the same on every machine up to differences of 1e-5. About a third of the shapes have
+    a box or an ellipsoid cut out, a third are bent, a fifth keep only the points that are visible
+    from one side, and a fifth lose the points beyond a plane. These changes are independent of each
+    other. If fewer than `num_points` points would remain after the cut and after the removal of
+    invisible points, neither of these two is done. All shapes get noise.
     """
     rng = np.random.default_rng([1, seed, i])
     cut, bent, seen, lost = rng.random(4) < (0.35, 0.35, 0.2, 0.2)

@@ -52,7 +52,10 @@ class Shapes:
     total: int | None = None
 
     def rows(self, split: str) -> np.ndarray:
-        """Return the indices of the shapes in a split; a source without a split counts as train."""
+        """Return the indices of the shapes in a split, or of all shapes if `split` is "all".
+
+        A source without a split counts as train.
+        """
         if split == "all" or (split == "train" and (self.split < 0).all()):
             return np.arange(len(self.split))
         return np.flatnonzero(self.split == SPLITS.index(split))

@@ -204,7 +204,7 @@ class Segmenter(
         the encoded clouds, but must be in the same coordinates.
 
         tokens and centers: as `encode` returns them. labels: the clouds' category numbers, [B].
-        generator: source of the dropout.
+        generator: source of the random numbers for dropout.
         """
         pooled = torch.cat([tokens.amax(1), tokens.mean(1)], -1)
         category = self.category(F.one_hot(labels, len(self.class_names)).to(tokens))

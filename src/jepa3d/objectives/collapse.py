@@ -44,12 +44,13 @@ def row_figures(name: str, rows: Tensor, max_rows: int = 2048) -> dict[str, floa
 def collapse_figures(
     prediction: Tensor, target: Tensor, unit: str = "token", max_rows: int = 2048
 ) -> dict[str, float]:
-    """Compute `row_figures` for predictions and targets (both [B, A, T, E]), and the value
-    `constant_loss`, which is the loss of the best constant prediction.
+    """Compute `row_figures` for predictions and targets, and the value `constant_loss`, which is
+    the loss of the best constant prediction.
 
-    unit: whether a row is a "token" or a "block", as in `cosine_loss`. max_rows: use at most this
-    many rows. A training loss near `constant_loss` means that nothing was learned, even if both
-    losses are low.
+    prediction, target: [B, A, T, E], for B clouds with A target blocks of T tokens each. unit:
+    whether a row is a "token" or a "block", as in `cosine_loss`. max_rows: use at most this many
+    rows. A training loss near `constant_loss` means that nothing was learned, even if both losses
+    are low.
     """
     rows = [
         value.flatten(0, -3).flatten(1) if unit == "block" else value.flatten(0, -2)
