@@ -31,10 +31,11 @@ def writing(path: str | Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # Deleting the lock file fails if its folder is gone, and on Windows also while it is open.
+        # Deleting the lock file fails if its folder is gone. On Windows, it also fails while the
+        # file is open.
         with suppress(OSError):
-            # Delete it before the release. If another process has just opened the file, it gets the
-            # lock next, and then notices that the file is deleted.
+            # Delete the file before the release. If another process has just opened the file, that
+            # process gets the lock next, and then notices that the file is deleted.
             os.unlink(lock.lock_file)
         lock.release()
         # The loop stops, with a suppressed error, at the first folder that is not empty.

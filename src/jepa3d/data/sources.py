@@ -87,7 +87,7 @@ def walk(
 
 
 def _files(root: Path, variant: str | None, *how: Any) -> Source:
-    """Find the clouds in a tree of files; `classes_and_splits` says what its folders mean.
+    """Find the clouds in a tree of files, and their classes and splits from the names of folders.
 
     how: columns and reader, as for `io.py::read`.
     """
@@ -175,7 +175,7 @@ def unpacked(source: Path, out: Path) -> Iterator[Path]:
         yield source
         return
     out.parent.mkdir(parents=True, exist_ok=True)
-    # we hold the lock, so these folders are leftovers of a killed command
+    # the caller holds the lock, so these folders are leftovers of a killed command
     for left in out.parent.glob(f".{escape(out.name)}.unpacked-*"):
         shutil.rmtree(left)
     made = tempfile.mkdtemp(prefix=f".{out.name}.unpacked-", dir=out.parent)

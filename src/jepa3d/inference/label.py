@@ -61,12 +61,13 @@ def label(
     """Embed the clouds at `paths` and propose clusters; once there are names, train a classifier
     and label all clouds.
 
-    names: a CSV file with names. By default, the names are read from OUT/names.csv; if it has none,
-    the terminal asks for them. clusters: number of clusters; the default is the square root of half
-    the number of clouds, but at least 2 and at most 40. unknown: give the label "unknown" to clouds
-    that resemble no named cloud. Raises ValueError for wrong settings, or if there are too few
-    named clouds for `unknown`. Raises ReadError if the file of names cannot be used, or if none of
-    the clouds can be used.
+    names: a CSV file with names. By default, the names are read from OUT/names.csv. If this file
+    does not exist or has no names, the clouds are clustered, and in a terminal the user is asked
+    for names. clusters: number of clusters; the default is the square root of half the number of
+    clouds, but at least 2 and at most 40. unknown: give the label "unknown" to clouds that resemble
+    no named cloud. Raises ValueError for wrong settings, or if there are too few named clouds for
+    `unknown`. Raises ReadError if the file of names cannot be used, or if none of the clouds can be
+    used.
     """
     if up_axis == "none":
         raise ValueError("--up-axis none: jepa3d predict cannot use it; give x, y or z")
@@ -154,9 +155,9 @@ def _propose(
 
 
 def cluster(x: np.ndarray, count: int) -> Iterator[np.ndarray]:
-    """Cluster vectors [n, E] by spherical k-means. Yields the rows of each cluster, the largest
-    cluster first. Within a cluster, the rows are ordered by their distance to its centre, nearest
-    first.
+    """Cluster vectors [n, E] by spherical k-means. Yields for each cluster the indices of its
+    vectors, the largest cluster first. Within a cluster, the vectors are ordered by their distance
+    to its centre, nearest first.
     """
     unit = unit_length(x)
     with one_thread():
@@ -216,12 +217,12 @@ def known_clouds(
 ) -> tuple[float, dict[str, np.ndarray]]:
     """Compute, from the named clouds, the threshold below which a cloud is called unknown.
 
-    x: vectors [n, E] of all clouds. rows: rows of the named clouds. y: classes of the named clouds.
-    Returns the threshold and three arrays. `shift` [E] and `spread` [E] are the mean and standard
-    deviation of all vectors, by which vectors are standardised. `means` [classes, E] are the class
-    means of the named clouds' standardised vectors; each vector, and then each mean, is scaled to
-    length 1. The threshold applies to the cosine between a standardised vector and the nearest
-    class mean.
+    x: vectors [n, E] of all clouds. rows: indices of the named clouds in x. y: class numbers of the
+    named clouds. Returns the threshold and three arrays. `shift` [E] and `spread` [E] are the mean
+    and standard deviation of all vectors, by which vectors are standardised. `means` [classes, E]
+    are the class means of the named clouds' standardised vectors; each vector, and then each mean,
+    is scaled to length 1. The threshold applies to the cosine between a standardised vector and the
+    nearest class mean.
 
     The threshold is chosen so that about 95 % of the named clouds reach it. For this choice, the
     mean of a cloud's own class is computed without the cloud itself; so a cloud that is the only

@@ -5,7 +5,7 @@ A Parquet file has one row per point. The rows are in no particular order; their
 
 index    the point's number in the scan, from 0; points with NaN coordinates are not counted
 x, y, z  float64, in the scan's coordinates
-feature  C numbers, float32 or float16
+feature  the point's feature, a vector of float32 or float16
 
 The entry `jepa3d` of the file's metadata is JSON with the keys format, model, fingerprint, tile and
 up_axis.

@@ -145,8 +145,9 @@ class PointEncoder(
     ) -> list[Tokens]:
         """Encode all patches [B, M, K, 3] with centers [B, M, 3].
 
-        layers: a number of blocks. generator: source of random numbers for drop-path. Returns a
-        list of `layers` tensors [B, M, C]: the tokens after each of the last `layers` blocks.
+        layers: the number of tensors to return. generator: source of random numbers for drop-path.
+        Returns a list of `layers` tensors [B, M, C]: the tokens after each of the last `layers`
+        blocks.
         """
         return self.hidden_states(self.tokenizer(patches), self.position(centers), None, generator)[
             -layers:
