@@ -147,6 +147,11 @@ def test_columns_name_those_of_a_table_without_header(tmp_path):
     for columns in (("label", "x", "y", "z"), ("e", "n", "h")):
         cloud = read(tmp_path / "b.txt", columns=columns)
         assert np.allclose(cloud.file_coordinates(), POINTS, atol=1e-4)
+    cloud = read(tmp_path / "b.txt", columns=("z", "y", "x"))
+    assert np.allclose(cloud.file_coordinates(), POINTS[:, ::-1], atol=1e-4)
+    for columns in (("x", "y", "z"), ("x", "y", "z", "r", "g")):
+        with pytest.raises(ReadError, match=f"has 4 columns and no header.*names {len(columns)}"):
+            read(tmp_path / "a.txt", columns=columns)
 
 
 def test_binary_data_is_no_table(tmp_path):

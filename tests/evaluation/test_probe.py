@@ -535,14 +535,14 @@ def test_an_encoder_by_itself_is_probed_beside_an_untrained_one_of_its_settings(
     name = "default" if where == "default" else str(folder)
     before = sorted(folder.iterdir())
     with pytest.raises(SystemExit) as ended:
-        main(["probe", name, "--data", shapes, "--protocols", "knn"])
+        main(["probe", name, "--data", shapes, "--protocols", "knn", "--up-axis", "y"])
     assert not ended.value.code
     assert sorted(folder.iterdir()) == before
-    result = json.loads((tmp_path / f"probe-shapes-{Path(name).name}-knn.json").read_text())
+    result = json.loads((tmp_path / f"probe-shapes-{Path(name).name}-up-y-knn.json").read_text())
     by_hand = ["histograms", "geometry"]
     assert [row["model"] for row in result["rows"]] == ["untrained", "pretrained", *by_hand]
     assert set(result["summary"]) == {"untrained", "pretrained", "gain", *by_hand}
-    read = LabelledSet(shapes).read(32)
+    read = LabelledSet(shapes, up_axis="y").read(32)
     untrained = untrained_like(encoder, read.train)
     for row, model in zip(result["rows"][:2], (untrained, encoder), strict=True):
         x, x_test = (layer_features(model, half) for half in read.subsets())

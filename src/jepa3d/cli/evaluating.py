@@ -99,8 +99,8 @@ def probe(
         how = None if layer == "best" else int(layer), pooling, names, part, quick
         result = probing.probe(runs, *dataset, *how)
         show(probing.sheets(result, per_class))
-    words = [labels_key, f"layer{layer}", pooling, *(protocols or ()), part]
-    usual = ("labels", "layerbest", "mean_max", "test")
+    words = [labels_key, f"up-{up_axis}", f"layer{layer}", pooling, *(protocols or ()), part]
+    usual = ("labels", "up-z", "layerbest", "mean_max", "test")
     special = [word for word in words if word not in usual]
     special += ["quick"] * quick + ["corruptions"] * corruptions + ["parts"] * parts
     # An encoder's result goes to the current folder, so the file name contains the encoder's name.

@@ -137,8 +137,8 @@ def pretrain(
     Parameters
     ----------
     preset: str
-        tiny (for runs of some minutes on a laptop; it has not the paper's masks and teacher, but
-        those that work best in such short runs), small (as in the paper), or base (a larger
+        tiny (for runs of some minutes on a laptop; it does not have the paper's masks and teacher,
+        but those that work best in such short runs), small (as in the paper), or base (a larger
         encoder).
     recipe: Path
         A YAML file of settings; it overrides the preset, and flags override it.

@@ -82,15 +82,22 @@ class Table:
         """Return a dict from x, y, z and the names of attribute columns, such as nx, to indices.
 
         columns: for a table with a header, the three names that the header has for x, y and z; for
-        a table without a header, the names of all columns. If there is no header and `columns` does
-        not name all columns, the first three columns are x, y and z. Raises ReadError.
+        a table without a header, the names of all columns. If there is no header and `columns` is
+        None, the first three columns are x, y and z. They also are if the table has only three
+        columns and `columns` names more. Raises ReadError, also if a table without a header has
+        more columns, but not as many as `columns` names.
         """
         row = _fields(self._first, self.mark)
         xyz = columns if columns and len(columns) == 3 else None
         names = self._names(row, xyz)
         if not names:
-            full = columns if columns and len(columns) == len(row) > 3 else tuple("xyz")
-            names, xyz = full, None
+            named = len(columns or "xyz")
+            if columns and named != len(row) > 3:
+                counts = f"has {len(row)} columns and no header, but --columns names {named}"
+                raise ReadError(f"{self._where} {counts}")
+            names = tuple(map(_plain, columns if columns and named == len(row) else "xyz"))
+            # three other names, such as "east north height", mean x, y and z in this order
+            xyz = names if named == 3 and {*names} != {*"xyz"} else None
         xyz = coordinate_columns(names, xyz)
         found = dict(zip("xyz", map(names.index, xyz), strict=True))
         if max(found.values()) >= (width := len(row)):
