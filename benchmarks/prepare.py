@@ -32,6 +32,7 @@ import trimesh
 from jepa3d import config as settings
 from jepa3d.data import synthetic
 from jepa3d.data.datasets import load
+from jepa3d.data.lofts import triangles_of
 from jepa3d.data.prepare import Preparation, convert
 from jepa3d.data.sources import discover
 from jepa3d.training.loop import fit
@@ -66,7 +67,7 @@ def make_meshes(folder: Path, count: int, seed: int = 0) -> int:
         rng = np.random.default_rng([seed, i])
         name = CLASSES[i % len(CLASSES)]
         faces = [
-            _faces(loft)
+            triangles_of(loft)
             for _, *lofts in synthetic._CLASSES[name][1](rng, rng.uniform)
             for loft in lofts
         ]
@@ -96,13 +97,6 @@ def make_meshes(folder: Path, count: int, seed: int = 0) -> int:
         )
         total += len(faces)
     return total
-
-
-def _faces(loft: np.ndarray) -> np.ndarray:
-    """Return the triangles t 3 3 of a loft (see `synthetic.py`)."""
-    a, b = loft[:-1], loft[1:]
-    c, d = np.roll(a, -1, axis=1), np.roll(b, -1, axis=1)
-    return np.stack([a, b, c, b, d, c], axis=2).reshape(-1, 3, 3)
 
 
 def commands(folder: Path, out: Path) -> dict[str, list[str]]:

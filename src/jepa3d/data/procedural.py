@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from jepa3d.data.cloud import PointCloud, ReadError, rotation, sample_triangles
-from jepa3d.data.synthetic import Rng, normalise, sweep, triangles_of, turn
+from jepa3d.data.lofts import Rng, normalise, sweep, triangles_of, turn
 
 # probabilities of 1, 2, ..., 9 parts, as in the paper
 PARTS = np.array([5, 5, 5, 4, 4, 3, 2, 1, 1]) / 30

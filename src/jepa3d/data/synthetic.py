@@ -1,21 +1,30 @@
 """Generate the built-in labelled shapes: random everyday objects with part labels.
 
-Every surface is a *loft*: an array [rings, sides, 3] of closed rings, where quads join each ring to
-the next. A ring that is shrunk to a point closes an end of the loft. Boxes, surfaces of revolution
-and tubes are lofts, so one function makes all triangles.
-
-A *builder* makes one random shape: it yields tuples `(part name, *lofts)`, with z up. The front of
-furniture is at -y. The unit of length does not matter, since shapes are normalised afterwards. Some
-builders make several similar classes, which differ in a few parts or in the ranges of their sizes;
-many of these ranges overlap. The groups of such classes are stool, chair, bench, sofa, table and
-desk; bowl, cup, mug and bathtub; dresser and wardrobe. See `_CLASSES`.
+A *builder* makes one random shape: it yields tuples `(part name, *lofts)`, with z up. A loft is a
+surface (see lofts.py). The front of furniture is at -y. The unit of length does not matter, since
+shapes are normalised afterwards. Some builders make several similar classes, which differ in a few
+parts or in the ranges of their sizes; many of these ranges overlap. The groups of such classes are
+stool, chair, bench, sofa, table and desk; bowl, cup, mug and bathtub; dresser and wardrobe. See
+`_CLASSES`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from jepa3d.data.cloud import sample_triangles
+from jepa3d.data.lofts import (
+    CORNERS,
+    Loft,
+    Rng,
+    bezier,
+    box,
+    lathe,
+    normalise,
+    triangles_of,
+    tube,
+    turn,
+)
 
 MAX_STRETCH = 0.1  # each axis is scaled by a random factor from 0.9 to 1.1
 # Each shape, scaled to radius 1, gets noise on every coordinate. The standard deviation of this
@@ -24,85 +33,12 @@ NOISE = (0.002, 0.006)
 OCCLUDED_SHAPES = 0.3  # probability that a shape loses a region
 MAX_OCCLUSION = 0.25  # largest share of its points that a shape loses with this region
 
-Rng = np.random.Generator
 Draw = Callable[[float, float], float]  # rng.uniform: low, high -> random number
 Range = tuple[float, float]
-Floats = Sequence | np.ndarray
-Loft = np.ndarray  # [rings, sides, 3]
 # tuples (part name, loft, loft, ...); if there are no lofts, the shape lacks this part
 Parts = Iterator[tuple]
 
-_ANGLES = np.arange(16) * (np.pi / 8)
-_CIRCLE = np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], axis=1)
 _SIDES = (-1, 1)
-_CORNERS = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
-
-
-def _box(base: Floats, size: Floats, taper: float = 1, lean: Floats = (0, 0)) -> Loft:
-    """Make a box whose bottom has its centre at `base`.
-
-    size: extents (x, y, z). taper: factor on the x and y extents of the top. lean: shift (x, y) of
-    the top.
-    """
-    bottom = np.array(base, float)
-    top = np.add(bottom, (*lean, size[2]))
-    corners = np.zeros((4, 3))
-    corners[:, :2] = _CORNERS * np.divide(size[:2], 2)
-    middles, widths = np.array([bottom, bottom, top, top]), np.array([0, 1, taper, 0])
-    return middles[:, None] + widths[:, None, None] * corners
-
-
-def _lathe(profile: Floats, at: Floats = (0, 0, 0), scale: Floats = (1, 1), power: int = 2) -> Loft:
-    """Make a surface of revolution.
-
-    profile: one row (radius, height) per ring. at: the point at radius 0 and height 0. scale:
-    factors in x and y. power: with a power above 2, the circles become squarish.
-    """
-    circle = _CIRCLE / np.linalg.norm(_CIRCLE, ord=power, axis=1, keepdims=True)
-    return sweep(np.array(profile, float), circle) * (*scale, 1) + at
-
-
-def sweep(profile: np.ndarray, outline: np.ndarray) -> Loft:
-    """Sweep an outline [sides, 2] along z, scaled by a profile; returns a loft [rings, sides, 3].
-
-    profile: one row (radius, height) per ring.
-    """
-    loft = np.empty((len(profile), len(outline), 3))
-    loft[..., :2] = profile[:, :1, None] * outline
-    loft[..., 2] = profile[:, 1:]
-    return loft
-
-
-def _tube(path: Floats, radius: float | Floats) -> Loft:
-    """Make a capped tube along `path` [k, 3], which is straight or lies in a coordinate plane.
-
-    radius: one radius, or k radii.
-    """
-    path = np.array(path, float)
-    tangent = np.gradient(path, axis=0)
-    tangent /= np.linalg.norm(tangent, axis=1, keepdims=True)
-    across = np.cross(tangent, np.eye(3)[np.abs(tangent).max(axis=0).argmin()])
-    across /= np.linalg.norm(across, axis=1, keepdims=True)
-    frame = np.stack([across, np.cross(across, tangent)], axis=1)  # [k, 2, 3]
-    radii = np.broadcast_to(radius, len(path))
-    rings = path[:, None] + radii[:, None, None] * (_CIRCLE @ frame)
-    ends = np.repeat(path[[0, -1], None], len(_CIRCLE), axis=1)
-    return np.concatenate([ends[:1], rings, ends[1:]])
-
-
-def _bezier(*controls: Floats) -> np.ndarray:
-    """Return nine points [9, d] on the Bezier curve with the given control points [d]."""
-    points = np.array(controls, float)[:, None]
-    t = np.linspace(0, 1, 9)[:, None]
-    while len(points) > 1:
-        points = (1 - t) * points[:-1] + t * points[1:]
-    return points[0]
-
-
-def turn(points: np.ndarray, angle: float) -> np.ndarray:
-    """Rotate points [..., 3] about z by `angle` radians."""
-    cos, sin = np.cos(angle), np.sin(angle)
-    return points @ np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]])
 
 
 def _legs(rng: Rng, width: float, depth: float, height: float) -> list[Loft]:
@@ -110,8 +46,8 @@ def _legs(rng: Rng, width: float, depth: float, height: float) -> list[Loft]:
     thick, taper = rng.uniform(0.03, 0.08), rng.uniform(1, 2)
     splay = max(1, rng.uniform(0.8, 1.2))
     size = (thick / taper, thick / taper, height)
-    tops = _CORNERS * (0.45 * width, 0.45 * depth)
-    return [_box((*top * splay, 0), size, taper, top * (1 - splay)) for top in tops]
+    tops = CORNERS * (0.45 * width, 0.45 * depth)
+    return [box((*top * splay, 0), size, taper, top * (1 - splay)) for top in tops]
 
 
 def _support(rng: Rng, width: float, depth: float, height: float, column: bool) -> list[Loft]:
@@ -125,13 +61,13 @@ def _support(rng: Rng, width: float, depth: float, height: float, column: bool) 
         return _legs(rng, width, depth, height)
     if kind == 3:
         panel = (thick, 0.9 * depth, height)
-        return [_box((side * 0.45 * width, 0, 0), panel) for side in _SIDES]
+        return [box((side * 0.45 * width, 0, 0), panel) for side in _SIDES]
     if kind == 4:
         round_foot = [(0, 0), (radius, 0), (radius / 2, 0.05), (thick, 0.06)]
-        return [_lathe([*round_foot, (thick, height)])]
-    foot = _tube([(0, 0, height / 8), (radius, 0, 0)], 0.03)
+        return [lathe([*round_foot, (thick, height)])]
+    foot = tube([(0, 0, height / 8), (radius, 0, 0)], 0.03)
     feet = [turn(foot, i * 2 * np.pi / 5) for i in range(5)]
-    return [_tube([(0, 0, 0), (0, 0, height)], thick), *feet]
+    return [tube([(0, 0, 0), (0, 0, height)], thick), *feet]
 
 
 def _back(
@@ -146,12 +82,12 @@ def _back(
     low = rng.uniform(0.5, 0.9)
     if posts < 2 or thick > 0.1:
         taper = rng.uniform(0.7, 1)
-        return [_box((0, rear, foot), (width, thick, height), taper, (0, lean))]
+        return [box((0, rear, foot), (width, thick, height), taper, (0, lean))]
     at = (0, rear + low * lean, foot + low * height)
-    rail = _box(at, (width, thick, (1 - low) * height))
+    rail = box(at, (width, thick, (1 - low) * height))
     xs = np.linspace(-0.46, 0.46, posts) * width
     post = (0.05, thick, height)
-    return [rail, *(_box((x, rear, foot), post, 1, (0, lean)) for x in xs)]
+    return [rail, *(box((x, rear, foot), post, 1, (0, lean)) for x in xs)]
 
 
 def _slab(
@@ -169,7 +105,7 @@ def _slab(
         compact = width < 1.4 * depth
         profile = [(0, 0), (1, 0), (1, thick), (0, thick)]
         power = rng.choice([2, 20, 20]) if compact else 20
-        yield top, _lathe(profile, (0, 0, height), (width / 2, depth / 2), power)
+        yield top, lathe(profile, (0, 0, height), (width / 2, depth / 2), power)
         yield "leg", *_support(rng, width, depth, height, compact)
         if rng.random() < back:
             pad = 0.02 + thick / 2
@@ -178,12 +114,12 @@ def _slab(
             arm = (pad, depth, thick + u(0.1, 0.25))
             sides = _SIDES[: rng.choice([0, 2])]
             xs = [side * 0.48 * width for side in sides]
-            yield "arm", *(_box((x, 0, height), arm) for x in xs)
+            yield "arm", *(box((x, 0, height), arm) for x in xs)
         if boxes:
             chest = (u(0.2, 0.4) * width, 0.9 * depth, u(0.3, 1) * height)
             sides, low = _SIDES[: rng.integers(1, boxes + 1)], height - chest[2]
             xs = [side * 0.3 * width for side in sides]
-            yield "drawer", *(_box((x, 0, low), chest) for x in xs)
+            yield "drawer", *(box((x, 0, low), chest) for x in xs)
 
     return build
 
@@ -192,14 +128,14 @@ def _bed(rng: Rng, u: Draw) -> Parts:
     width, length = u(0.8, 1.9), u(1.6, 2.1)
     leg, frame, soft = u(0.02, 0.35), u(0.08, 0.3), u(0.1, 0.3)
     top = leg + frame + soft
-    base = _box((0, 0, leg), (width, length, frame))
+    base = box((0, 0, leg), (width, length, frame))
     yield "frame", base, *_legs(rng, width, length, leg)
-    yield "mattress", _box((0, 0, leg + frame), (0.95 * width, 0.97 * length, soft))
+    yield "mattress", box((0, 0, leg + frame), (0.95 * width, 0.97 * length, soft))
     if rng.random() < 0.8:
         yield "headboard", *_back(rng, width, length / 2, 0, top + u(0.1, 0.6), 0.06)
     pillow = (0.4 * width, 0.4, u(0.05, 0.15))
     xs = ((), (0,), (-0.25, 0.25))[rng.integers(3)]
-    yield "pillow", *(_box((x * width, 0.36 * length, top), pillow, 0.8) for x in xs)
+    yield "pillow", *(box((x * width, 0.36 * length, top), pillow, 0.8) for x in xs)
 
 
 def _cabinet(
@@ -218,11 +154,11 @@ def _cabinet(
         w, h, y = 1 / nx, height / nz, -(depth + out) / 2
         xs, zs = (np.arange(nx) + 0.5) * w - 0.5, leg + np.arange(nz) * h + gap / 2
         spots = [(x, y, z) for x in xs for z in zs]
-        yield "body", _box((0, 0, leg), (1, depth, height))
+        yield "body", box((0, 0, leg), (1, depth, height))
         yield "leg", *_legs(rng, 1, depth, leg)
-        yield front, *(_box(spot, (w - gap, out, h - gap)) for spot in spots)
+        yield front, *(box(spot, (w - gap, out, h - gap)) for spot in spots)
         knobs = [(x, y - out, z + h / 2) for x, y, z in spots]
-        yield "knob", *(_box(at, (knob, 2 * knob, knob)) for at in knobs)
+        yield "knob", *(box(at, (knob, 2 * knob, knob)) for at in knobs)
 
     return build
 
@@ -231,14 +167,14 @@ def _bookshelf(rng: Rng, u: Draw) -> Parts:
     height, depth, leg = u(0.7, 2.2), u(0.25, 0.6), u(0.02, 0.2)
     count = rng.integers(3, 7)
     levels, step = np.linspace(leg, leg + height, count, retstep=True)
-    yield "board", *(_box((0, 0, z), (1, depth, 0.04)) for z in levels)
+    yield "board", *(box((0, 0, z), (1, depth, 0.04)) for z in levels)
     size = (0.04, depth, leg + height + 0.04)
-    yield "side", *(_box((side / 2, 0, 0), size) for side in _SIDES)
+    yield "side", *(box((side / 2, 0, 0), size) for side in _SIDES)
     if rng.random() < 0.6:
-        yield "back", _box((0, depth / 2, leg), (1, 0.02, height))
+        yield "back", box((0, depth / 2, leg), (1, 0.02, height))
     filled = levels[:-1][rng.random(count - 1) < 0.5]
     row = (u(0.2, 0.5), 0.7 * depth, u(0.6, 0.9) * step)
-    yield "book", *(_box((u(-0.2, 0.2), 0, z), row) for z in filled)
+    yield "book", *(box((u(-0.2, 0.2), 0, z), row) for z in filled)
 
 
 def _vessel(
@@ -252,78 +188,78 @@ def _vessel(
 
     def build(rng: Rng, u: Draw) -> Parts:
         height, base = u(*tall), u(0.4, 0.9)
-        outer = _bezier((base, 0), (u(0.7, 1.2), u(0.2, 0.6) * height), (1, height))
+        outer = bezier((base, 0), (u(0.7, 1.2), u(0.2, 0.6) * height), (1, height))
         inner = [(0, 0.06), (base - 0.06, 0.06), *outer[1:] - (0.06, 0)][::-1]
         scale, power = (u(*long), 1), rng.choice([2, 2, 4])
-        yield "body", _lathe([(0, 0), *outer, *inner], scale=scale, power=power)
+        yield "body", lathe([(0, 0), *outer, *inner], scale=scale, power=power)
         if rng.random() < foot:
             drop = u(0.1, 0.8)
             curve = (u(0.5, 0.9), -drop), (0, -drop), (0.15, -drop / 2), (0.8 * base, 0)
-            yield "foot", _lathe(_bezier(*curve))
+            yield "foot", lathe(bezier(*curve))
         elif rng.random() < dish:
             rim = (u(1.2, 1.7), 0.1)
-            yield "saucer", _lathe([(0, -0.05), (0.7, -0.05), rim, (0.7, 0), (0, 0)])
+            yield "saucer", lathe([(0, -0.05), (0.7, -0.05), rim, (0.7, 0), (0, 0)])
         if rng.random() < ear:
             low, high, reach = u(0.15, 0.4) * height, u(0.6, 0.9) * height, u(1.5, 2.2)
             path = (0.85, 0, low), (reach, 0, low), (reach, 0, high), (0.85, 0, high)
-            yield "handle", _tube(_bezier(*path), u(0.08, 0.16))
+            yield "handle", tube(bezier(*path), u(0.08, 0.16))
 
     return build
 
 
 def _vase(rng: Rng, u: Draw) -> Parts:
     height, neck, slim, belly = u(1.2, 2.4), u(0.2, 0.9), u(0.3, 0.7), u(0.8, 1.8)
-    side = _bezier((u(0.4, 0.9), 0), (belly, u(0.3, 0.8) * height), (slim, height))
-    yield "body", _lathe([(0, 0), *side])
+    side = bezier((u(0.4, 0.9), 0), (belly, u(0.3, 0.8) * height), (slim, height))
+    yield "body", lathe([(0, 0), *side])
     curve = (slim, 0), (slim, neck / 2), (u(0.9, 1.8) * slim, neck)
-    yield "neck", _lathe(_bezier(*curve), (0, 0, height))
+    yield "neck", lathe(bezier(*curve), (0, 0, height))
 
 
 def _bottle(rng: Rng, u: Draw) -> Parts:
     wide, slim, body, neck = u(0.3, 0.55), u(0.12, 0.28), u(0.7, 1.6), u(0.1, 0.6)
     shoulder, end = body + 0.3, body + 0.3 + neck
     bend = (slim, body + u(0, 0.2))
-    side = _bezier((wide, body), (wide, body + 0.15), bend, (slim, shoulder))
+    side = bezier((wide, body), (wide, body + 0.15), bend, (slim, shoulder))
     base = (u(0.8, 1) * wide, 0)
-    yield "body", _lathe([(0, 0), base, *side], power=rng.choice([2, 2, 6]))
-    yield "neck", _lathe([(slim, shoulder), (u(0.8, 1.1) * slim, end), (0, end)])
+    yield "body", lathe([(0, 0), base, *side], power=rng.choice([2, 2, 6]))
+    yield "neck", lathe([(slim, shoulder), (u(0.8, 1.1) * slim, end), (0, end)])
     if rng.random() < 0.5:
         path = [(0, 0, end - 0.05), (0, 0, end + u(0.05, 0.2))]
-        yield "cap", _tube(path, u(1, 1.3) * slim)
+        yield "cap", tube(path, u(1, 1.3) * slim)
 
 
 def _airplane(rng: Rng, u: Draw) -> Parts:
     radius, x, chord = u(0.07, 0.18), u(-0.2, 0.3), u(0.2, 0.5)
     span, sweep = u(0.5, 1.3), u(-0.6, 0.1)
     hull = radius * np.array([0.2, 0.6, 0.9, 1, 1, 1, 1, 0.8, 0.2])
-    yield "body", _tube(np.linspace((-1, 0, 0), (1, 0, 0), 9), hull)
+    yield "body", tube(np.linspace((-1, 0, 0), (1, 0, 0), 9), hull)
     at, size, taper = (x, u(-0.8, 0.8) * radius, 0), (chord, 0.04, span), u(0.3, 1)
-    wing = _along_y(_box(at, size, taper, (sweep, u(-0.05, 0.15))))
+    wing = _along_y(box(at, size, taper, (sweep, u(-0.05, 0.15))))
     yield "wing", wing, wing * (1, -1, 1)
     height, level = u(0.2, 0.5), rng.choice([0, 0.9])
     size = (u(0.15, 0.3), 0.03, u(0.2, 0.5))
-    tail = _along_y(_box((-0.9, level * height, 0), size, 0.7, (-0.1, 0)))
-    fin = _box((-0.85, 0, 0), (u(0.2, 0.4), 0.03, height), 0.6, (-0.15, 0))
+    tail = _along_y(box((-0.9, level * height, 0), size, 0.7, (-0.1, 0)))
+    fin = box((-0.85, 0, 0), (u(0.2, 0.4), 0.03, height), 0.6, (-0.15, 0))
     yield "tail", tail, tail * (1, -1, 1), fin
-    pod = _tube([(0, 0, -0.08), (0.3, 0, -0.08)], u(0.05, 0.09))
+    pod = tube([(0, 0, -0.08), (0.3, 0, -0.08)], u(0.05, 0.09))
     places = (0.35, 0.65)[: rng.integers(3)]
     spots = [(x + sweep * t, side * t * span, 0) for t in places for side in _SIDES]
     yield "engine", *(pod + spot for spot in spots)
 
 
-def _along_y(box: Loft) -> Loft:
+def _along_y(loft: Loft) -> Loft:
     """Swap y and z, so that a box that grows along z grows along y."""
-    return box[..., [0, 2, 1]]
+    return loft[..., [0, 2, 1]]
 
 
 def _rocket(rng: Rng, u: Draw) -> Parts:
     radius, body, nose, chord = u(0.1, 0.3), u(1, 2), u(0.2, 0.8), u(0.2, 0.7)
     span = u(0.15, 0.6)
-    yield "body", _tube([(0, 0, 0), (0, 0, body)], [u(0.7, 1.1) * radius, radius])
+    yield "body", tube([(0, 0, 0), (0, 0, body)], [u(0.7, 1.1) * radius, radius])
     curve = (radius, body), (radius, body + nose / 2), (0, body + nose)
-    yield "nose", _lathe(_bezier(*curve))
+    yield "nose", lathe(bezier(*curve))
     size, taper = (chord, 0.04, radius + span), u(0.3, 1)
-    fin = _box((chord / 2, 0, 0), size, taper, (u(-0.4, 0.1), 0))[..., [2, 1, 0]]
+    fin = box((chord / 2, 0, 0), size, taper, (u(-0.4, 0.1), 0))[..., [2, 1, 0]]
     angles = np.linspace(0, 2 * np.pi, rng.integers(4, 7))[1:]
     yield "fin", *(turn(fin, angle) for angle in angles)
 
@@ -331,12 +267,12 @@ def _rocket(rng: Rng, u: Draw) -> Parts:
 def _car(rng: Rng, u: Draw) -> Parts:
     length, width, height = u(1.6, 2.2), u(0.7, 1), u(0.25, 0.5)
     wheel, axle = u(0.13, 0.24), u(0.27, 0.38)
-    yield "body", _box((0, 0, 0.8 * wheel), (length, width, height), u(0.85, 1))
+    yield "body", box((0, 0, 0.8 * wheel), (length, width, height), u(0.85, 1))
     cabin = (u(0.3, 0.9) * length, 0.85 * width, u(0.2, 0.5))
     at = (u(-0.5, 0.5) * (length - cabin[0]), 0, 0.8 * wheel + height)
-    yield "cabin", _box(at, cabin, u(0.6, 0.95), (u(-0.1, 0.1), 0))
-    tire = _tube([(0, -0.07, wheel), (0, 0.07, wheel)], wheel)
-    places = [(x * axle * length, y * width / 2, 0) for x, y in _CORNERS]
+    yield "cabin", box(at, cabin, u(0.6, 0.95), (u(-0.1, 0.1), 0))
+    tire = tube([(0, -0.07, wheel), (0, 0.07, wheel)], wheel)
+    places = [(x * axle * length, y * width / 2, 0) for x, y in CORNERS]
     yield "wheel", *(tire + place for place in places)
 
 
@@ -346,18 +282,18 @@ def _lamp(rng: Rng, u: Draw) -> Parts:
     power, wide, tall = rng.choice([2, 8]), u(0.25, 0.6), u(0.15, 0.3)
     over = height + bend
     rows = [(0, 0), (radius, 0), (u(0.2, 1) * radius, foot), (0, foot)]
-    yield "base", _lathe(rows, power=power)
+    yield "base", lathe(rows, power=power)
     path = (0, 0, 0), (0, 0, over), (bend, 0, over), (bend, 0, height)
-    yield "pole", _tube(_bezier(*path), u(0.02, 0.06))
-    yield "shade", _lathe([(wide, -tall), (u(0.2, 1) * wide, tall)], (bend, 0, height))
+    yield "pole", tube(bezier(*path), u(0.02, 0.06))
+    yield "shade", lathe([(wide, -tall), (u(0.2, 1) * wide, tall)], (bend, 0, height))
 
 
 def _laptop(rng: Rng, u: Draw) -> Parts:
     depth, thick, screen = u(0.55, 0.9), u(0.02, 0.08), u(0.5, 0.85)
     angle = u(-0.3, 0.7)
     size, lean = (1, u(0.02, 0.05), screen * np.cos(angle)), (0, screen * np.sin(angle))
-    yield "base", _box((0, 0, 0), (1, depth, thick))
-    yield "screen", _box((0, depth / 2, thick), size, lean=lean)
+    yield "base", box((0, 0, 0), (1, depth, thick))
+    yield "screen", box((0, depth / 2, thick), size, lean=lean)
 
 
 _SEAT = "arm back leg seat"
@@ -389,19 +325,6 @@ CLASS_NAMES: tuple[str, ...] = tuple(_CLASSES)
 PART_NAMES: tuple[str, ...] = tuple(
     f"{name}/{part}" for name, (parts, _) in _CLASSES.items() for part in parts.split()
 )
-
-
-def triangles_of(loft: Loft) -> np.ndarray:
-    """Return the triangles [t, 3, 3] of a loft [rings, sides, 3]."""
-    a, b = loft[:-1], loft[1:]
-    c, d = np.roll(a, -1, axis=1), np.roll(b, -1, axis=1)
-    return np.stack([a, b, c, b, d, c], axis=2).reshape(-1, 3, 3)
-
-
-def normalise(points: np.ndarray) -> np.ndarray:
-    """Move the centroid of points [n, 3] to 0, and scale the farthest point to distance 1."""
-    points = points - points.mean(axis=0)
-    return points / np.linalg.norm(points, axis=1).max()
 
 
 def make_shape(label: int, num_points: int, rng: Rng) -> tuple[np.ndarray, np.ndarray]:
