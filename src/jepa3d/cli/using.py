@@ -47,8 +47,8 @@ def embed(
         i/n, such as 2/8, if n commands write to one folder: this command embeds the i-th of n
         shares of the clouds.
     prune: bool
-        Also delete the vectors of two kinds of clouds: those that were in PATHS but no longer are,
-        and those outside PATHS whose files no longer exist.
+        Also delete the vectors of two kinds of clouds: those whose paths lie inside PATHS but are
+        no longer found there, and those outside PATHS whose files no longer exist.
     keep_strays: bool
         Keep stray points, which have hardly any neighbours. By default they are removed.
     """

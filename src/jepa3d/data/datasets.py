@@ -2,7 +2,7 @@
 
 In the standard form, coordinates are float32 in the unit sphere, z is up, and all shapes have the
 same number of points. These points are chosen by farthest point sampling (section IV-A of the
-paper) when a shape is loaded, never in a training step.
+paper) when a shape is loaded (or, for a store, when it was prepared), never in a training step.
 """
 
 import hashlib
@@ -29,9 +29,9 @@ class PointClouds:
     # (`Store.fingerprint`); for an .npz file, sha256 of the file; for other sources, sha256 of the
     # points; for several sources, sha256 of their fingerprints
     fingerprint: str
-    # [n, N, 3] float32. After load(raw=True), shapes that are read into memory one by one (those in
-    # files other than .npz bundles, or in a store) may have different numbers of points, so they
-    # are an object array [n] of arrays [N_i, 3].
+    # [n, N, 3] float32. After load(raw=True), shapes may have different numbers of points, so
+    # they are an object array [n] of arrays [N_i, 3]. Exceptions are .npz bundles, and stores that
+    # are read on demand.
     points: np.ndarray | StoredPoints
     labels: np.ndarray | None = None  # [n] int64; None if any shape has no label
     class_names: tuple[str, ...] = ()

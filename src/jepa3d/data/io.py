@@ -118,7 +118,10 @@ def chunks(path: Path, tell: Callable[[int], None] = lambda unseen: None) -> Ite
 
 
 def _at_once(path: Path) -> Iterator[np.ndarray]:
-    """Yield the points of a file that is read whole, then a NaN row per NaN point of the file."""
+    """Yield the points of a file that is read whole, and then one NaN row for each NaN point.
+
+    `read` drops NaN points and keeps only their number, but `chunks` counts NaN rows.
+    """
     cloud = _whole(path, path.stat().st_mtime_ns)
     yield cloud.file_coordinates()
     yield np.full((cloud.unseen, 3), np.nan)
@@ -126,7 +129,9 @@ def _at_once(path: Path) -> Iterator[np.ndarray]:
 
 @lru_cache(maxsize=1)
 def _whole(path: Path, mtime: int) -> PointCloud:
-    """Read a file as one cloud. Raises ReadError for a mesh and for over MAX_POINTS points.
+    """Read a file as one cloud.
+
+    Raises ReadError for a mesh, and if the file has so many points that `read` keeps only a sample.
 
     mtime: modification time of the file, so that the cache is not used after the file has changed.
     """

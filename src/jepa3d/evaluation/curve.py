@@ -54,11 +54,11 @@ def learning_curves(
     """Probe every snapshot of finished runs. Returns one `Curve` per configuration; runs that
     differ only in their seed share a `Curve`.
 
-    Scores are saved in RUN/curve-DATA[-KEY][-PART]-PROTOCOL.json and reused. KEY is the name of the
-    label array; it is left out of the file's name if it is "labels". PART is the argument `part`;
-    it is left out if it is "test". part: the split on which every point of the curves is scored; no
-    choice is made on it. Raises ValueError for an unknown protocol, and for a folder that is not a
-    finished run with an encoder.
+    Scores are saved in RUN/curve-DATA[-KEY][-PART]-PROTOCOL.json and reused. DATA is the name of the
+    data set's source. KEY is the name of the label array; it is left out of the file's name if it
+    is "labels". PART is the argument `part`; it is left out if it is "test". part: the split on
+    which every snapshot is scored; layer and C are not chosen on it. Raises ValueError for an
+    unknown protocol, and for a folder that is not a finished run with an encoder.
     """
     check_protocols([protocol])
     configs = {}
