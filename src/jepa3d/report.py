@@ -36,7 +36,7 @@ SELECTION = {
     "best on test": "the epoch was chosen on the test split",
     "none": "nothing was chosen",
 }
-# The pictures of t-SNE and of parts show at most this many shapes.
+# largest numbers of shapes in the t-SNE picture and in the picture of parts
 MOST_TSNE, MOST_PARTS = 2000, 8
 
 

@@ -17,9 +17,9 @@ from typing import Any, NoReturn
 from jepa3d.data.cloud import ReadError
 from jepa3d.plain import printable
 
-# Errors that parsers raised on damaged files in benchmarks/fuzz.py. Those in
-# _HEADERS come from numpy when it evaluates the header of an array, and those in _PACKED come from
-# decompression.
+# Errors that parsers raised when benchmarks/fuzz.py made them read damaged files. The errors in
+# _HEADERS come from numpy when it evaluates the header of an array; the errors in _PACKED come from
+# unpacking compressed or binary data.
 _OFTEN = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError)
 _RARELY = (ArithmeticError, AssertionError, MemoryError, ImportError, StopIteration)
 _HEADERS = (NameError, SyntaxError, tokenize.TokenError)
@@ -72,7 +72,8 @@ def because(name: str, reason: str) -> str:
 def refuse(message: str) -> NoReturn:
     """Raise a ReadError.
 
-    An entry for a file that is known to be unusable has this function as its reader.
+    Some files are found to be unusable before they are read. In a list of clouds to read, such a
+    file has this function as its reader. So the error is raised when the file's turn comes.
     """
     raise ReadError(message)
 
@@ -80,7 +81,8 @@ def refuse(message: str) -> NoReturn:
 def shortened(text: str, most: int) -> str:
     """Shorten text to at most `most` printable characters.
 
-    The middle is cut out, since long names mostly differ at their ends.
+    If the text is longer, its middle is replaced by "…", since long names mostly differ at the
+    beginning or at the end.
     """
     text = printable(text)
     if len(text) <= most:

@@ -120,7 +120,8 @@ def chunks(path: Path, tell: Callable[[int], None] = lambda unseen: None) -> Ite
 def _at_once(path: Path) -> Iterator[np.ndarray]:
     """Yield the points of a file that is read whole, and then one NaN row for each NaN point.
 
-    `read` drops NaN points and keeps only their number, but `chunks` counts NaN rows.
+    The NaN rows are for `chunks`, which counts them. `read` has dropped the NaN points and kept
+    only their number.
     """
     cloud = _whole(path, path.stat().st_mtime_ns)
     yield cloud.file_coordinates()

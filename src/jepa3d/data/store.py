@@ -84,7 +84,8 @@ class Store:
         if not (unfinished or complete):
             raise ReadError(f"{path}: is an unfinished store; run jepa3d prepare again")
         self.columns = {name: self._column(name) for name in COLUMNS}
-        # an index in memory is checked now; a memory-mapped index is checked by `verify` only
+        # If all columns of the index are in memory, the index is checked now. If some columns are
+        # memory-mapped, only `verify` checks the index.
         if not any(isinstance(column, np.memmap) for column in self.columns.values()):
             self._check_index()
         # open shards, oldest first: number -> size of its file in bytes, and its arrays
@@ -115,7 +116,8 @@ class Store:
     def shard(self, index: int) -> dict[str, np.ndarray]:
         """Open shard `index` as memory-mapped arrays. Raises ReadError if it is missing or damaged.
 
-        At most 64 shards stay open, since the number of open files of a process is limited.
+        The checksum of the shard is not checked here; `verify` checks it. At most 64 shards stay
+        open, since the number of open files of a process is limited.
         """
         path = self.path / self.header["shards"][index]["file"]
         size = path.stat().st_size if path.is_file() else 0
@@ -128,7 +130,8 @@ class Store:
         if size < size_at_opening:
             # reading the missing pages would crash the process
             raise ReadError(f"{path}: was deleted or cut off while it was read")
-        # close the oldest shard, without a lock, since another thread hardly ever needs this shard
+        # Close the shard that was opened first. There is no lock, since another thread hardly ever
+        # needs this shard at the same moment.
         if len(self._open) > 64:
             self._open.pop(next(iter(self._open)))
         return found
@@ -266,8 +269,8 @@ class StoredPoints:
 class StoreWriter:
     """Append clouds to a new store, or to a store with the same settings. Use it in a `with` block.
 
-    At the end of the block, all added clouds are committed, except after an OSError. The store is
-    then marked complete, unless an exception ended the block. A new store without clouds is
+    At the end of the block, all added clouds are committed, unless an OSError ended the block. The
+    store is marked complete only if no exception ended the block. A new store without clouds is
     deleted. Raises ValueError if `path` is a file or a non-empty folder that is no store, or if
     the store has other settings or part names.
     """

@@ -27,9 +27,9 @@ from jepa3d.data.parallel import mapped
 from jepa3d.models.heads import LinearClassifier
 
 # The head and the weight decay of mlp3 are those of Point-MAE. The learning rate (it falls to 0
-# along half a cosine), the batch size and the number of steps are our choice. Six times as much
-# work (2,000 steps with batches of 128) raised the accuracy on a held-out fifth of ModelNet10's
-# train split by only 0.2 to 1.0 percentage points.
+# along half a cosine), the batch size and the number of steps are our choice. Almost six times as
+# much work (2,000 steps with batches of 128) raised the accuracy on a held-out fifth of
+# ModelNet10's train split by only 0.2 to 1.0 percentage points.
 _WIDTH, _DROPOUT = 256, 0.5
 _LR, _WEIGHT_DECAY, _BATCH, _STEPS = 2e-3, 0.05, 64, 700
 # values of scikit-learn's C (inverse regularisation strength) that `fit_head` tries
@@ -215,8 +215,8 @@ def side_by_side(fit: Callable, jobs: Sequence[tuple], numbers: int) -> list[Any
     """
     workers = min(os.cpu_count() or 1, len(jobs)) if numbers > _WORTH_PROCESSES else 1
     results = mapped(partial(_fits, fit), list(jobs), 1, workers, "fitting", fit.__module__)
-    # A string is the error text of a process that died, perhaps for lack of memory. Its fit is
-    # repeated here, in the main process.
+    # If a process died while it ran a job, perhaps for lack of memory, the job's result is an error
+    # text. Such a job is repeated here, in the main process.
     return [fit(*job) if isinstance(result, str) else result for job, result in results]
 
 

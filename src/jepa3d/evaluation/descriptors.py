@@ -34,8 +34,8 @@ def baselines(encoder: PointEncoder, train: Tensor) -> dict[str, Descriptor]:
     the pooled geometry of the encoder's patches.
 
     train: clouds [m, N, 3] that `encoder.prepare` returned. The geometry is standardised by its
-    mean and std over these clouds. Do not pass the scored clouds here, unless their scores only
-    serve to choose a setting.
+    mean and std over these clouds. So do not pass the clouds on which the descriptors are scored,
+    unless these scores only serve to choose a setting.
     """
     of = partial(geometry, num_groups=encoder.num_groups, group_size=encoder.group_size)
     histograms = partial(_mean_over_poses, encoder, shape_histograms)

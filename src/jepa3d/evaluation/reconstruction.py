@@ -31,7 +31,8 @@ def dvae_figures(
     dvae.eval()
     train_patches, _ = _patches(dvae, train, max_clouds)
     patches, centers = _patches(dvae, test, max_clouds)
-    # in batches, since with 8,192 codes the logits of all patches together take gigabytes
+    # In batches: with 8,192 codes, the logits of 256 clouds of 64 patches take 0.5 GB, and several
+    # arrays of this size are needed at once.
     with torch.no_grad():
         batches = list(zip(patches.split(16), centers.split(16), strict=True))
         codes = torch.cat([dvae.codes(*batch) for batch in batches])

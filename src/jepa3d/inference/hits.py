@@ -9,6 +9,7 @@ import numpy as np
 
 from jepa3d.inference.vectors import pa, pc
 
+# columns of an index on which a condition can be set
 COLUMNS = ("path", "label", "num_points")
 # twice the largest rounding error of a cosine in float32, in whichever order its terms are added
 SLACK = 1e-5

@@ -107,8 +107,8 @@ def similarity(view: View, point: int) -> np.ndarray:
     """Return cosines [N]: for each point, the cosine between its features and those of the point
     with the index `point`.
     """
-    # The cosines are computed from dot products of tokens, since the features [N, C] of many points
-    # may not fit into memory.
+    # The cosines are computed from dot products of tokens, since the features [N, C] of all points
+    # would take more memory: by default, C is six times as large as the number of tokens.
     products = view.tokens @ view.tokens.T
     dot = view.weights @ (products @ view.weights[point])
     squared_norm = ((view.weights @ products) * view.weights).sum(1).clamp_min(1e-30)

@@ -167,7 +167,7 @@ def classify_cloud(
     """Return the two most probable classes of a cloud, each with its probability, see
     `two_classes`.
 
-    seen: the cloud in the encoder's coordinates.
+    seen: the points that are encoded.
     """
     points, unknown = torch.from_numpy(seen.points)[None], False
     if isinstance(network, LinearClassifier):

@@ -68,7 +68,8 @@ class Features:
         tiles = tiles_of(self.grid, cells.coords, cells.counts)
         self.coords, self.counts, around = tiles
         # For each of n cells, the indices [n, k] of its k tiles; -1 for a tile that is left out. A
-        # cell whose tiles are all left out gets a tile of its own, with a further index.
+        # cell whose tiles are all left out gets a tile of its own. The indices of these extra tiles
+        # begin after those of the grid's tiles.
         self.slots = np.where(self.counts[around] >= encoder.min_points, around, -1)
         self.alone = np.flatnonzero((self.slots < 0).all(1))
         self.slots[self.alone, 0] = len(self.coords) + np.arange(len(self.alone))
@@ -165,9 +166,9 @@ class Features:
         taken = np.ceil(counts * share).astype(int).tolist()
         parts = map(self.cells.read, cells, [0] * len(cells), taken)
         xyz = np.concatenate(list(parts))["xyz"]
-        # The minimum number of points is 1 here, not the encoder's min_points. Tiles were chosen by
-        # a count that includes duplicates, so a tile may have too few different points. Such a tile
-        # must not be refused now.
+        # The minimum number of different points is 1 here, not the encoder's min_points. Tiles were
+        # chosen by a count that includes duplicates, so a tile may have too few different points.
+        # Such a tile must not be refused now.
         seen = self.encoder.frame(xyz, 1)
         return seen.center, seen.radius, torch.from_numpy(seen.points)
 
@@ -195,8 +196,8 @@ class Colors:
         number = min(_PCA_CELLS, len(counts))
         share = counts / counts.sum()
         chosen = np.sort(rng.choice(len(counts), number, replace=False, p=share))
-        # The cells are processed one at a time: they lie far apart, and all of their tiles together
-        # would fill the memory.
+        # The cells are processed one at a time, so that only the tiles of one cell are in memory.
+        # The cells lie far apart, so they hardly share tiles.
         parts = (features.of(np.array([cell]), _PCA_POINTS) for cell in chosen)
         values = np.concatenate([found for part in parts for _, found in part])
         self.components = PCA(3, svd_solver="full")

@@ -35,9 +35,9 @@ from jepa3d.plain import log, replacing
 if TYPE_CHECKING:
     from jepa3d.inference.lance import VectorStore
 
-# Twice the largest error of a cosine in half precision. This error is 0.00122, the sum of three
-# errors: 2^-11 from rounding the first factor, 2^-11 from rounding the second factor, and 2^-12
-# from rounding the sum of products, which torch computes in float32.
+# Twice the largest error of a cosine in half precision, rounded up. This error is 0.00122, the sum
+# of three errors: 2^-11 from rounding the first factor, 2^-11 from rounding the second factor, and
+# 2^-12 from rounding the sum of products, which torch computes in float32.
 HALF_SLACK = 2.5e-3
 # A search with at most this many queries uses half precision if the index has a copy. For so few
 # queries, reading the vectors takes longer than multiplying them, and half precision halves what is
@@ -74,9 +74,9 @@ def search(
     `jepa3d index --ann` makes.
 
     Cosines are rounded to six decimals; rows of equal cosine are ordered by path. A query has fewer
-    than k hits if fewer rows are left. Raises ValueError for wrong settings, or if a query is zero,
-    is not finite or has another width than the vectors. Raises ReadError if the index cannot
-    be read, or if none of the queries can be read.
+    than k hits if fewer rows remain after `where` and `exclude`. Raises ValueError for wrong
+    settings, or if a query is zero, is not finite or has another width than the vectors. Raises
+    ReadError if the index cannot be read, or if none of the queries can be read.
     """
     if k < 1:
         raise ValueError(f"-k {k}: must be 1 or more")
@@ -166,7 +166,8 @@ def _cosines(
 
 def _near(scores: np.ndarray, worst: float, k: int, slack: float) -> np.ndarray:
     """Return the indices of all scores whose exact values may be among the k best and not below
-    `worst`. Each score differs from its exact value by at most half of `slack`.
+    `worst`, the cosine of the worst of the k hits found so far (-2 if there are fewer). Each score
+    differs from its exact value by at most half of `slack`.
     """
     top = np.flatnonzero(scores >= worst - slack)
     if len(top) > k:

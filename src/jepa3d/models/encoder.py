@@ -225,8 +225,8 @@ class PointEncoder(
 
         points: as for `embed`. layer: the block after which tokens are taken (0: before the first
         block, -1: the encoder's output). Returns tokens [B, M, C] and the patch centers [B, M, 3]
-        in the encoder's coordinates, the unit sphere (see frame.py). Raises ValueError as `embed`
-        does.
+        in the encoder's coordinates, the unit sphere (see frame.py). Raises ValueError as
+        `prepare` does.
         """
         states, centers = self.layer_tokens(points)
         return states[layer], centers
@@ -308,8 +308,8 @@ def calibrate_batchnorm(encoder: PointEncoder, points: Points, batch_size: int =
 
     The result is the mean of the statistics of all batches of `batch_size` clouds.
 
-    A randomly initialised encoder has no statistics yet. Without them it would be too weak as a
-    baseline.
+    The BatchNorms of a randomly initialised encoder still have mean 0 and variance 1. With these
+    values, the encoder would be too weak a baseline for trained encoders.
     """
     norms = [module for module in encoder.modules() if isinstance(module, BatchNorm)]
     momenta, was_training = [norm.momentum for norm in norms], encoder.training

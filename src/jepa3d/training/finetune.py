@@ -126,10 +126,10 @@ def begin(
 ) -> tuple[Config, PointEncoder | None, bool]:
     """Check the settings, and load the encoder.
 
-    Returns the settings, the encoder, and whether `out` is a run to continue. In the returned
-    settings, the group `encoder` holds the loaded encoder's own settings. The encoder is None if
-    the run starts from scratch. Raises ValueError for settings that cannot work, or that differ
-    from the settings of the run to continue.
+    Returns the settings, the encoder, and whether `out` is a run to continue. The encoder is None
+    if the run starts from scratch. Otherwise, the group `encoder` of the returned settings holds
+    the settings of the returned encoder. Raises ValueError for settings that cannot work, or that
+    differ from the settings of the run to continue.
     """
     started = runs.begin(out, resume)
     config = settle(config, out if started else None)
