@@ -304,7 +304,9 @@ class PretrainConfig(RunConfig):
         return tuple(name for name in STAGE_ONE if name in named)
 
     def __post_init__(self) -> None:
-        """Copy the run's schedule into the group of its objective, if that is in `STAGE_ONE`."""
+        """If the run's objective is in `STAGE_ONE`, copy the run's schedule into the group of this
+        objective.
+        """
         if self.objective in STAGE_ONE:
             group = replace(getattr(self, self.objective), **_schedule(self))
             object.__setattr__(self, self.objective, group)
@@ -440,11 +442,12 @@ def preset(name: str, kind: Any = PretrainConfig) -> dict[str, Any]:
 def resolve(*layers: dict) -> PretrainConfig:
     """Merge dictionaries of settings, and return them as the settings of a pretraining run.
 
-    A later dictionary overrides the earlier ones. Every objective of stage I has a group with its
-    own schedule: `generative.max_steps` is the number of steps of the masked autoencoder. If the
-    run's objective is `generative`, the run and this group have the same schedule, so `max_steps`
-    and `generative.max_steps` are the same setting. If one dictionary has both, the value in the
-    group is used. Raises ValueError as `from_dict` does.
+    A later dictionary overrides the earlier ones. Every objective of stage I has a group of
+    settings with its own schedule. For example, `generative.max_steps` is the number of steps of
+    the masked autoencoder. If the run's objective is `generative`, the run and the group
+    `generative` have the same schedule, so `max_steps` and `generative.max_steps` are the same
+    setting. If one dictionary has both, the value of `generative.max_steps` is used. Raises
+    ValueError as `from_dict` does.
     """
     objective = merge({}, *layers).get("objective", "jepa")
     if objective in STAGE_ONE:

@@ -35,7 +35,8 @@ def writing(path: str | Path) -> Iterator[None]:
         # file is open.
         with suppress(OSError):
             # Delete the file before the release. If another process has just opened the file, that
-            # process gets the lock next, and then notices that the file is deleted.
+            # process gets the lock of the deleted file next. FileLock notices this, and does not
+            # count it as holding the lock.
             os.unlink(lock.lock_file)
         lock.release()
         # The loop stops, with a suppressed error, at the first folder that is not empty.

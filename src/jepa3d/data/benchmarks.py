@@ -41,9 +41,10 @@ def benchmark_at(root: Path, variant: str | None) -> Source | None:
 
     variant: name of the variant to read; it may be None if `root` has only one variant. Raises
     ReadError if `root` lacks the variant, if a label is not a class of the benchmark, or if a file
-    that many shapes need is missing, such as a list of shapes. But no error is raised here if a
-    split list of ShapeNetPart is missing, or the file of a single shape. In the second case, the
-    error is raised when the entry of that shape is read.
+    that many shapes need is missing, such as a list of shapes. There are two exceptions. If a split
+    list of ShapeNetPart is missing, no error is raised, and the entries of its shapes get the split
+    None. If the file of a single shape is missing, the error is raised when the entry of that shape
+    is read.
     """
     if (root / "shapenet_pc").is_dir():
         source = _shapenet55(root)

@@ -29,7 +29,7 @@ from jepa3d.data.text import Table
 from jepa3d.plain import log, printable
 
 _SUFFIXES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz")
-# an archive may unpack to 100 times its size, or to 1 GiB if that is more
+# an archive may unpack to at most 100 times its size, or to 1 GiB if that is more
 _MOST = 100, 1 << 30
 REFUSAL = "is an archive; unpack it first, or make a store from it with jepa3d prepare"
 # what Python raises for damaged archives
@@ -89,7 +89,9 @@ def walk(
 def _files(root: Path, variant: str | None, *how: Any) -> Source:
     """Find the clouds in a tree of files, and their classes and splits from the names of folders.
 
-    how: columns and reader, as for `io.py::read`.
+    If a folder below `root` holds a published benchmark, the benchmark's own classes and splits are
+    used. With the user's own reader, no folder is treated as a benchmark. how: columns and reader,
+    as for `io.py::read`.
     """
     entries, skipped, notes, part_names = [], [], [], ()
     benchmarks, paths = [], {}

@@ -1,11 +1,16 @@
 """Generate the built-in labelled shapes: random everyday objects with part labels.
 
-A *builder* makes one random shape: it yields tuples `(part name, *lofts)`, with z up. A loft is a
-surface (see lofts.py). The front of furniture is at -y. The unit of length does not matter, since
-shapes are normalised afterwards. Some builders make several similar classes, which differ in a few
-parts or in the ranges of their sizes; many of these ranges overlap. The groups of such classes are
-stool, chair, bench, sofa, table and desk; bowl, cup, mug and bathtub; dresser and wardrobe. See
-`_CLASSES`.
+A *builder* is a function that makes one random shape, with z up. For each part of the shape, the
+builder yields a tuple `(part name, *lofts)`. A loft is a surface (see lofts.py). The front of
+furniture is at -y. The unit of length does not matter, since shapes are normalised afterwards.
+
+Similar classes have builders made by the same function (`_slab`, `_cabinet` or `_vessel`). These
+classes differ in a few parts or in the ranges of their sizes, and many of the ranges overlap. There
+are three groups of similar classes (see `_CLASSES`):
+
+- stool, chair, bench, sofa, table and desk;
+- bowl, cup, mug and bathtub;
+- dresser and wardrobe.
 """
 
 from collections.abc import Callable, Iterator
@@ -144,7 +149,7 @@ def _cabinet(
     """Return a builder of a chest of width 1 on legs, with a grid of drawers or doors at -y.
 
     front: part name of the drawers or doors; each has a knob. heights: range of the height.
-    columns, rows: ranges of the numbers of columns and rows, without the upper end.
+    columns, rows: ranges of the numbers of columns and rows; the upper end of a range is excluded.
     """
 
     def build(rng: Rng, u: Draw) -> Parts:
@@ -180,7 +185,7 @@ def _bookshelf(rng: Rng, u: Draw) -> Parts:
 def _vessel(
     tall: Range, long: Range = (1, 1), foot: float = 0, dish: float = 0, ear: float = 0
 ) -> Callable[[Rng, Draw], Parts]:
-    """Return a builder of open vessels with a rim of radius 1; the body is then stretched in x.
+    """Return a builder of open vessels. The rim has radius 1, but the body is stretched in x.
 
     tall: range of the height. long: range of the stretch in x. foot: probability of a foot. dish:
     probability of a saucer if there is no foot. ear: probability of a handle.
@@ -362,7 +367,7 @@ def make_shapes(num_shapes: int, num_points: int = 1024, seed: int = 0) -> dict[
 
     Returns a dict of arrays: "points" [n, num_points, 3] float32, "labels" [n] int64, and "parts"
     [n, num_points] int16. For a given `num_points`, shape i depends only on (seed, i), so a longer
-    set begins with the shapes of a shorter one.
+    set begins with the shapes of a shorter set.
     """
     labels = np.arange(num_shapes) % len(CLASS_NAMES)
     points = np.empty((num_shapes, num_points, 3), np.float32)

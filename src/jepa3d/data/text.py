@@ -1,7 +1,8 @@
 """Read tables of numbers (XYZ, TXT, CSV, PTS, ASC) that scanners, spreadsheets and scripts write.
 
 Files of any size are read in bounded memory: numpy parses the lines in chunks. A chunk that numpy
-refuses is parsed again line by line; this accepts more notations, and an error names the bad line.
+refuses is parsed again, line by line. The parser of lines accepts more notations than numpy, and
+its errors name the bad line.
 """
 
 import csv
@@ -20,10 +21,11 @@ from jepa3d.data.cloud import PointCloud, ReadError, collected
 
 Names = tuple[str, ...]
 _COMMENT = ("#", "//", "%")
-# delimiters besides white space; if a line has several of them, the first listed here is used
+# Delimiters that are tried before white space, in this order. `delimiter_of` uses the first that
+# splits a row into enough cells.
 _MARKS = (";", "|", "\t", ",")
 _BLANK = ",;|\t "  # a row that holds only these characters is empty
-# largest number of lines above the numbers, apart from comments and counts of rows
+# largest number of lines above the numbers; comments, counts of rows and empty lines do not count
 _MAX_TITLE = 100
 _MAX_LINE = 100_000  # every line above the numbers must have fewer characters
 # how programs write a missing value
@@ -55,15 +57,17 @@ def table_rows(path: Path) -> Iterator[np.ndarray]:
 class Table:
     """A file with rows of numbers, which may stand below a header, comments or a count of rows.
 
-    Opening finds the first row. Raises ReadError for a file without such rows, such as a README.
+    The constructor finds the first row. It raises ReadError for a file that has no rows of numbers,
+    such as a README.
     """
 
     def __init__(self, path: Path):
         self.path, self.encoding = path, encoding_of(path)
-        # (line number, text) of each line above the numbers that is neither a comment nor a count
+        # (line number, text) of each line above the numbers, except comments, counts and empty
+        # lines
         self._above: list[tuple[int, str]] = []
-        # of the comments above the numbers, the last 1,000 that contain the letters x, y and z; one
-        # of these comments may be the header
+        # the last 1,000 comments above the numbers that contain the letters x, y and z; one of
+        # these comments may be the header
         self._comments = deque[str](maxlen=1000)
         self._count: int | None = None  # number of rows, if the file states it
         # the line with the names of the columns, if it is not a comment
@@ -79,13 +83,16 @@ class Table:
         raise ReadError(f"has no rows of numbers{first}; a row must have x, y and z")
 
     def used(self, columns: Names | None) -> dict[str, int]:
-        """Return a dict from x, y, z and the names of attribute columns, such as nx, to indices.
+        """Return a dict from x, y, z and the names of attribute columns, such as nx, to the indices
+        of these columns.
 
         columns: for a table with a header, the three names that the header has for x, y and z; for
-        a table without a header, the names of all columns. If there is no header and `columns` is
-        None, the first three columns are x, y and z. They also are if the table has only three
-        columns and `columns` names more. Raises ReadError, also if a table without a header has
-        more columns, but not as many as `columns` names.
+        a table without a header, the names of all columns. In a table without a header, the first
+        three columns are x, y and z in two cases: if `columns` is None, and if the table has only
+        three columns, but `columns` has another number of names. Raises ReadError as
+        `coordinate_columns` does. Also raises ReadError if a table without a header has more than
+        three columns, but `columns` has another number of names, and if a header does not fit the
+        rows.
         """
         row = _fields(self._first, self.mark)
         xyz = columns if columns and len(columns) == 3 else None
@@ -193,7 +200,7 @@ class Table:
         wanted = set(map(_plain, columns or "xyz"))
         if self._above:
             splits = [(at, text, self._split(text, filled)) for at, text in self._above]
-            # the header need not be the last line: units may stand below it
+            # the header need not be the last line above the numbers: units may stand between them
             named = [s for s in splits if wanted <= set(s[2]) and len(s[2]) == filled]
             number, self._header, names = (named or splits)[-1]
             quoted = self._first.startswith('"') and self._first.count('"') == 2

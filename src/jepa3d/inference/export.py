@@ -1,5 +1,6 @@
 """`jepa3d export`: write an encoder or a classifier as ONNX, as a torch.export program and as a
-folder for the Hugging Face Hub. The exported files must give the same results as torch.
+folder for the Hugging Face Hub. The results of the exported files are compared with those of torch;
+if they differ by more than the tolerances, nothing is written.
 """
 
 import json
@@ -34,7 +35,7 @@ try:
 except ImportError as error:
     raise ValueError("export needs ONNX: pip install 'jepa3d[export]'") from error
 
-RTOL, ATOL = 1e-4, 1e-5  # tolerances of the comparison with torch
+RTOL, ATOL = 1e-4, 1e-5  # relative and absolute tolerance of the comparison with torch
 MAX_POINTS = 10**6  # largest number of points of a cloud, as declared to torch.export
 BATCHES = (1, 2, 7)  # batch sizes for which exported files are compared with torch
 # settings of the encoder that `frame.group` needs
@@ -126,8 +127,8 @@ def export(model: str | Path, out: str | Path) -> dict[str, float]:
     if isinstance(network, Segmenter):
         raise ValueError(f"{model}: a segmentation network, which cannot be exported")
     encoder = network if isinstance(network, PointEncoder) else network.encoder
-    # For each point, `prepared` looks up this many nearest points, even in a cloud that has only
-    # `min_points` points.
+    # `prepared` looks up `needed` nearest points of each point. Even a cloud of only `min_points`
+    # points must have so many points.
     if (needed := 1 + encoder.num_points // encoder.min_points) > encoder.min_points:
         raise ValueError(f"{model}: export needs num_groups of at least {needed}")
     differences: Differences = {}

@@ -44,7 +44,8 @@ class CloudVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         """Compute the vectors [n, E] (float32) of n clouds, as `jepa3d.embed` does. X: an array
         [n, N, 3], a list of arrays, or a list of paths.
 
-        A cloud that cannot be used gets a row of NaN, and a warning names it.
+        A cloud that cannot be used gets a row of NaN, and a warning names the cloud. Raises
+        ReadError if no cloud can be used.
         """
         check_is_fitted(self)
         return embed(X, self.encoder_, self.up_axis, self.layer, self.pooling)

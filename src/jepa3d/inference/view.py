@@ -39,15 +39,16 @@ NEIGHBOURS = 6  # number of nearest shapes that are shown
 # choices for the colours of a cloud
 HEIGHT, OWN, PCA = "height", "file's own", "PCA of tokens"
 SIMILARITY, SAMPLE = "similarity", "context and targets"
-# Origins that may connect. A browser sends as origin the address of the web page that opens the
-# connection. The page of this server is allowed, at any port, since an ssh tunnel may change the
-# port. A missing origin (None) is allowed too, since programs other than browsers send none.
+# Origins that may connect. As the origin, a browser sends the address of the web page that opens
+# the connection. Pages from localhost are allowed, and the page of this server is one of them. The
+# port may be any, since an ssh tunnel may change it. A missing origin (None) is allowed too, since
+# programs other than browsers send none.
 _ORIGINS = [re.compile(r"http://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"), None]
 
 
 def serve(port: int) -> viser.ViserServer:
-    """Start a server that answers only requests from this machine. It refuses connections that
-    other web pages open in the user's browser.
+    """Start a server that answers only requests from this machine. The server refuses connections
+    that web pages from other hosts open in the user's browser.
 
     port: 0 for any free port. Raises ValueError if the port is invalid or not available.
     """

@@ -31,7 +31,8 @@ class TokenSample(NamedTuple):
     context: Tensor  # B V, token indices
     mask: Tensor  # B V, False at padding
     target: Tensor  # B A T, token indices
-    # Number of True entries in `mask`; an int, so that the CPU need not wait for the GPU's count.
+    # Number of True entries in `mask`; an int, so that later code on the CPU need not wait until
+    # the GPU has counted them.
     num_context: int
 
     def layout(self) -> Ragged:
@@ -124,12 +125,12 @@ def sequence(
     Point-JEPA's sampler (Saito et al. 2024, section 3.2).
 
     The walk starts at the token whose coordinates have the smallest sum, and always goes to the
-    nearest token not yet visited. Each target is a span of int(target_ratio * M) of the M tokens,
-    at a random place of the walk. Then the tokens of all targets are removed from the walk, and the
-    context is a span of int(context_ratio * R) of the R remaining tokens; so a context may lie on
-    both sides of a target. Each of the two ratios is drawn once per batch, between its lowest and
-    its highest value. The arguments are those of `multi_block`, but `context_ratio` is a share of
-    the R tokens.
+    nearest token not yet visited. Two shares are drawn once per batch: s from the range
+    `target_ratio`, and c from the range `context_ratio`. Each target is a span of int(s * M) of the
+    M tokens, at a random place of the walk. Then the tokens of all targets are removed from the
+    walk, and the context is a span of int(c * R) of the R remaining tokens. So a context may lie on
+    both sides of a target. Targets and contexts have at least one token. The arguments are those of
+    `multi_block`, but `context_ratio` is the range of a share of the R remaining tokens.
 
     Raises ValueError if a context is still too small after 20 redraws, or for a ratio outside
     0 < low <= high <= 1.

@@ -49,7 +49,7 @@ class Supervised(nn.Module):
         if self.trained == "head":
             self.network.encoder.eval()
         elif self.trained == "head_first":
-            self.network.encoder.tokenizer.eval()  # only the tokenizer has BatchNorms
+            self.network.encoder.tokenizer.eval()  # no other part of the encoder has BatchNorms
         return self
 
     def forward(

@@ -15,8 +15,8 @@ def adamw(model: nn.Module, schedule: Schedule, layer_decay: float = 1.0) -> tor
     normalisation layers.
 
     layer_decay: the learning rate of each encoder block, divided by that of the next block, as in
-    BEiT. The "lr_scale" of a parameter group is the factor of its learning rate that `_lr_scales`
-    computes.
+    BEiT. Each parameter group has an entry "lr_scale": the factor, computed by `_lr_scales`, by
+    which the learning rate of the group is multiplied.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     scales = _lr_scales(model, layer_decay)
@@ -38,7 +38,7 @@ def _lr_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
     """Return for each parameter the factor of its learning rate, layer_decay^(depth + 1 - layer).
 
     layer: 0 for tokenizer and position embedding, i + 1 for block i of the encoder (the first is
-    block 0), depth + 1 for all other parameters. depth: the number of blocks.
+    block 0), depth + 1 for all other parameters. depth: the number of blocks of the encoder.
     """
     found = {name: _LAYER.match(name) for name, _ in model.named_parameters()}
     layers = {name: int(match[1] or -1) + 1 for name, match in found.items() if match}
@@ -58,7 +58,7 @@ def learning_rate(schedule: Schedule, step: int, total: int, num_samples: int) -
     to `min_lr`.
 
     As in timm's scheduler, which Point-MAE and ACT use, the cosine starts at the first step, not at
-    the end of the warm-up.
+    the end of the warm-up. So at the end of the warm-up, the learning rate drops a little.
     """
     warmup = min(schedule.warmup_epochs * num_samples / schedule.batch_size, total / 10)
     share = step / warmup if step < warmup else (1 + math.cos(math.pi * step / total)) / 2
