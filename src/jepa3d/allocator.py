@@ -1,8 +1,9 @@
 """Make glibc's malloc keep large blocks of memory.
 
-By default, malloc requests the memory of each activation (30 to 130 MB) from the operating system
-and returns it after use. This happens at every operation, and takes a fifth to a third of the time
-of a training step on a CPU. This module has an effect only on Linux with glibc.
+By default, malloc requests the memory of each large activation (typically 30 to 130 MB) from the
+operating system and returns this memory after use. This happens at every operation, and takes a
+fifth to a third of the time of a training step on a CPU. This module has an effect only on Linux
+with glibc.
 """
 
 import ctypes

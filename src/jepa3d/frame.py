@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 FRAME = 3  # version of the rules in this file; vectors of different versions are not comparable
-# Number of different points that each cloud in a store (a data set made by `jepa3d prepare`) needs.
-# If the store keeps fewer points per cloud than this, a cloud needs only as many different points
-# as the store keeps. The number that an encoder needs is its attribute `min_points`.
+# If a cloud has fewer points than `jepa3d prepare` is to keep per cloud, moved copies of its points
+# are added. For this, a cloud needs at least this many different points, or as many as are to be
+# kept, if that is less. An encoder needs another number: its attribute `min_points`.
 LEAST = 64
 STEP = 0.6  # `fill` moves a copy of a point by at most this share of the distance to a neighbour
 # `without_strays` explains these four.
@@ -22,9 +22,10 @@ ALONE, MAX_CELLS, MAX_STRAYS, ROUNDS = 4, 64, 0.25, 8
 # The four ways to reverse none or two of the three axes. Only these reversals are rotations.
 _ENDS = ((1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1))
 # Rotations [12, 3, 3] that shift the order of the three axes cyclically and reverse none or two of
-# them. For a rotated copy of a cloud, `own_axes` may return the axes with other signs or in another
-# cyclic order. The average of the cloud's vectors over these rotations makes up for this, but not
-# for the arbitrary rotation of a shape with two equal extents.
+# them. If the up axis of a cloud is not known, its vector is the average over these rotations of
+# the cloud in its own axes (`own_axes`). Each of the own axes then points up in some rotations and
+# down in others. `own_axes` may return the axes of a symmetric shape with other signs; this does
+# not change the average. The arbitrary rotation of a shape with two equal extents does change it.
 TURNS = np.stack([np.roll(np.diag(ends), axis, 1) for axis in range(3) for ends in _ENDS]).astype(
     np.float32
 )

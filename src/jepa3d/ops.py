@@ -195,12 +195,13 @@ def farthest_point_sample(
 ) -> Int[Tensor, "b m"]:
     """Choose farthest point samples of points [B, N, 3] (Eldar et al. 1997).
 
-    Returns indices [B, num_samples]; each sample is the point farthest from all samples before it.
-    With a generator the first sample is random. Without a generator it is the point farthest from
-    the centroid, so the samples do not depend on the order of points, unless several points tie for
-    the largest distance. In that case torch and Triton choose the point with the lowest index, and
-    the compiled back end may choose any of these points. Such ties occur on lattices, and in clouds
-    that have fewer different points than samples. Raises ValueError unless 1 <= num_samples <= N.
+    Returns indices [B, num_samples]. Each sample is the point with the largest distance to the
+    nearest of the samples before it. With a generator the first sample is random. Without a
+    generator it is the point farthest from the centroid, so the samples do not depend on the order
+    of points, unless several points tie for the largest distance. In that case torch and Triton
+    choose the point with the lowest index, and the compiled back end may choose any of these
+    points. Such ties occur on lattices, and in clouds that have fewer different points than
+    samples. Raises ValueError unless 1 <= num_samples <= N.
     """
     batch, num_points, _ = points.shape
     if not torch.compiler.is_exporting() and not 1 <= num_samples <= num_points:
@@ -317,7 +318,8 @@ def knn(query: Float[Tensor, "b m 3"], points: Points, k: int) -> Int[Tensor, "b
     if not 1 <= k <= num_points:
         raise ValueError(f"cannot find {k} nearest neighbours in a cloud of {num_points} points")
     rows = max(1, _MAX_PAIRS // (batch * num_points))
-    if torch.compiler.is_exporting():  # the exported graph must work for any batch size
+    if torch.compiler.is_exporting():
+        # no split, since the exported graph must work for any batch size
         rows = query.shape[1]
     query, points = query.detach(), points.detach()
     parts = [

@@ -4,7 +4,7 @@ point belongs.
 As in `jepa3d segment`, the tokens after each third of the encoder's layers are concatenated. The
 features of a point are interpolated from the tokens of the three nearest patch centres.
 
-The category of each shape is known. For each category, a logistic regression over its parts is
+The category of each shape is given. For each category, a logistic regression over its parts is
 fitted to the standardised features of at most 256 labelled points per train shape. For each encoder
 and each baseline, C (the inverse regularisation strength) is chosen by instance mIoU. It is chosen
 on the data set's own validation split. If the data set has no such split, or if the validation
@@ -38,10 +38,10 @@ from jepa3d.models.ready import load as load_encoder
 from jepa3d.ops import three_nn_interpolate
 
 _C_GRID = (0.001, 0.01, 0.1)
-# The classifiers are fitted to at most this many points of each train shape.
+# The classifiers are fitted to at most this many labelled points of each train shape.
 _POINTS = 256
-# The classifiers are fitted to at most about this many points of all train shapes together. If
-# there are many train shapes, fewer points of each are used, but at least 16.
+# If `_POINTS` points of each train shape would be more than this in total, fewer points of each
+# shape are used, but at least 16. So the total is larger than this only for over 8,192 shapes.
 _MOST_POINTS = 2**17
 _BATCH = 16  # clouds per batch
 

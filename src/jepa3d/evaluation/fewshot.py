@@ -3,9 +3,10 @@ classify other shapes of the same classes, the queries.
 
 This is the protocol of Sharma and Kaul (NeurIPS 2020), as Point-BERT and later papers use it on
 ModelNet40: 5 or 10 ways, 10 or 20 shots from the train split, and 20 queries per class from the
-test split. Ten episodes, called folds, give the mean and std. Episodes are either the published
-folds, or sampled from any labelled data. The W * S labelled shapes of an episode are called its
-support. Two classifiers can be fitted to frozen features; all their settings are fixed:
+test split. Ten episodes, called folds, give the mean and std of the accuracy. The episodes are
+either the published folds, or sampled from any labelled data. The W * S labelled shapes of an
+episode are called its support. Two classifiers can be fitted to frozen features; all their settings
+are fixed:
 
 | method   | features                                            | classifier                   |
 |----------|-----------------------------------------------------|------------------------------|

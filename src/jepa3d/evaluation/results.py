@@ -287,8 +287,8 @@ def _spread(values: list[float], sign: str = "") -> str:
 
 
 def _minutes(records: list[dict]) -> str:
-    """Format the mean CPU-minutes of the runs whose cost is known, including stage I (the training
-    of a dVAE teacher). Return "-" if no cost is known.
+    """Format the mean CPU-minutes of the runs whose cost is known. The minutes before the first
+    step (stage I and cached targets) are included. Return "-" if no cost is known.
     """
     costs = [record.get("cost") or {} for record in records]
     known = [cost for cost in costs if cost.get("cpu_seconds")]

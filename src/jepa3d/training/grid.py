@@ -1,4 +1,4 @@
-"""Read grids from YAML files. A grid lists the arms of a comparison, which are variants of the
+"""Read grids from YAML files. A grid lists the arms of a comparison. An arm is a variant of the
 training settings. Also compute how many steps each arm can take in equal CPU time.
 """
 
@@ -40,7 +40,7 @@ class Grid(NamedTuple):
     # Learning rates to choose from, or (None,) if each arm keeps its own rate.
     rates: tuple[float | None, ...]
     cpu_minutes: float | None  # per run, stage I included; None if the arms get equal steps
-    finetune: FinetuneConfig  # how arms are fine-tuned on the first labelled set
+    finetune: FinetuneConfig  # how arms are fine-tuned on the first scored data set
     finetuned: tuple[str, ...]  # the arms that are fine-tuned
 
     def config(self, arm: str, seed: int, rate: float | None) -> PretrainConfig:
@@ -137,7 +137,7 @@ def _finetuning(file: _File, arms: Iterable[str]) -> tuple[FinetuneConfig, tuple
     changes = {key: value for key, value in file.finetune.items() if key != "arms"}
     if ruled := changes.keys() & {"data", "labels_key", "up_axis", "init", "seed"}:
         raise ValueError(f"finetune.{min(ruled)} is set by the comparison: leave it out")
-    changes["data"] = "-"  # a placeholder for the first labelled set, which is not known yet
+    changes["data"] = "-"  # a placeholder for the first scored data set, not known yet
     base = settings.preset(file.preset, FinetuneConfig) if file.preset else {}
     config = from_dict(FinetuneConfig, merge(base, changes))
     validate(config)
@@ -161,10 +161,11 @@ def _base(grid: Path, file: _File) -> list[dict]:
 def at_equal_time(grid: Grid, out: Path) -> Grid:
     """Return the grid with as many steps for each arm as the grid's CPU-minutes allow.
 
-    The CPU time per step of each arm is the median of `ROUNDS` measurements. It is saved in
-    out/costs.json, and later calls use the saved value. Raises ValueError for an arm whose settings
-    have changed since it was measured. Also raises it for an arm that has no time left for a step
-    after stage I and the computation of cached targets.
+    Two CPU times are measured for each arm: the time before the first step (stage I and cached
+    targets), and the time per step. Each is the median of `ROUNDS` measurements. Both are saved in
+    out/costs.json, and later calls use the saved values. Raises ValueError for an arm whose
+    settings have changed since it was measured. Also raises it for an arm that has no time left for
+    a step after stage I and cached targets.
     """
     assert grid.cpu_minutes is not None
     file = out / "costs.json"
@@ -177,9 +178,9 @@ def at_equal_time(grid: Grid, out: Path) -> Grid:
             hint = f"not {now}; a changed arm needs another name"
             raise ValueError(f"{grid.path}: arms.{name}: {reason}, {hint}")
     if new := [name for name in grid.arms if name not in known]:
-        # If other arms were measured earlier, the machine may be busier or less busy now. So measure
-        # one of those arms again. The costs of new arms are multiplied by the ratio of that arm's
-        # earlier cost to its cost now.
+        # If other arms were measured earlier, the machine may be busier or less busy now. So
+        # measure one of those arms again. The costs of new arms are multiplied by the ratio of that
+        # arm's earlier cost to its cost now.
         again = [name for name in grid.arms if name in known][:1]
         todo = {name: grid.arms[name] for name in [*new, *again]}.items()
         rounds = [{name: cpu_costs(arm) for name, arm in todo} for _ in range(ROUNDS)]
