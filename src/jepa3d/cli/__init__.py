@@ -41,9 +41,10 @@ def _weaker_settings(command: str, tokens: list[str]) -> dict:
 
     command: pretrain, classify, segment or fewshot. tokens: its arguments. The settings come from
     the preset and the recipe, which overrides the preset. If a run is resumed, both override the
-    settings that are stored in the run. Of the flags, only `--objective` is applied here, since it
-    determines which schedule in the recipe is the schedule of the run. Raises ValueError if one of
-    these sources is wrong, or if another command made the run.
+    settings that are stored in the run. For pretrain, one flag is applied here, `--objective`,
+    because it determines which group of the recipe has the run's schedule: with the objective
+    `generative`, the recipe's `generative.max_steps` is the run's `max_steps`. Raises ValueError if
+    the preset, the recipe or the stored settings are wrong, or if another command made the run.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--preset", "--recipe", "--out", "--objective"):

@@ -54,7 +54,8 @@ class PointCloud:
     # array [N] of any number type: the part labels as in the file; `to_parts` converts them
     parts: np.ndarray | None = None
     faces: np.ndarray | None = None  # [F, 3] int64
-    total: int | None = None  # number of points in the file, if only a sample was kept
+    # number of points in the file, without NaN points; None if all of these points were kept
+    total: int | None = None
     # the up axis, if the format of the file defines one (glTF: y)
     up: str | None = None
     # number of NaN points that were left out (the sensor measured nothing there)
@@ -69,8 +70,9 @@ class PointCloud:
 
         unseen: number of NaN points that the caller has already left out. attributes: other fields
         of this class; normals, colors and parts must have N rows. Raises ReadError if `xyz` is no
-        array of points, if all points are NaN or equal, if a coordinate is infinite or at least 1e30,
-        if a face has a NaN vertex, or if one of these attributes has another number of rows.
+        array of points, if all points are NaN or equal, if a coordinate is infinite or its absolute
+        value is at least 1e30, if a face has a NaN vertex, or if normals, colors or parts have
+        another number of rows.
         """
         check_shape(xyz := np.asarray(xyz))
         xyz, faces = xyz[:, :3].astype(np.float64), attributes.get("faces")
@@ -343,9 +345,10 @@ class Reservoir:
 def collected(chunks: Iterable[np.ndarray], names: Iterable[str]) -> PointCloud:
     """Collect chunks of rows [n, D] into one cloud without NaN points.
 
-    If there are over MAX_POINTS rows, a random MAX_POINTS of them are kept. names: the names
-    of the first columns (at most D names); the first three are x, y and z. An attribute is left out
-    if one of its columns has no finite value. Raises ReadError for unusable points.
+    If more than MAX_POINTS rows are left without NaN points, a random sample of MAX_POINTS of them
+    is kept. names: the names of the first columns (at most D names); the first three are x, y and
+    z. An attribute is left out if one of its columns has no finite value. Raises ReadError for
+    unusable points.
     """
     reservoir, unseen = Reservoir(), 0
     for rows in chunks:

@@ -133,8 +133,9 @@ def _size(rng: Rng) -> np.ndarray:
 def _copies(rng: Rng, about: np.ndarray, half: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Choose how a part is repeated: not at all, mirrored, in a ring or in a row.
 
-    about: the centre [3] of mirrors and rings. half: half the part's extent [3]. Returns matrices
-    [n, 3, 3] and shifts [n, 3]: one matrix and one shift for each of the n copies.
+    about: a point [3] on the planes of mirrors and on the axes of rings. half: half the part's
+    extent [3]. Returns matrices [n, 3, 3] and shifts [n, 3]. Copy i of a point p of the part is
+    matrices[i] @ p + shifts[i].
     """
     kind, one = rng.random(), np.eye(3)[None]
     if kind < 0.2:
@@ -237,8 +238,9 @@ def make_procedural(i: int, num_points: int = POINTS, seed: int = 0) -> np.ndarr
     points are the same on every machine up to differences of 1e-5. About a third of the shapes have
     a box or an ellipsoid cut out, a third are bent, a fifth keep only the points that are visible
     from one side, and a fifth lose the points beyond a plane. These changes are independent of each
-    other. If fewer than `num_points` points would remain after the cut and after the removal of
-    invisible points, neither of these two is done. All shapes get noise.
+    other, with one exception: if fewer than `num_points` points would remain after the box or
+    ellipsoid is cut out and invisible points are removed, neither of these two changes is made. All
+    shapes get noise.
     """
     rng = np.random.default_rng([1, seed, i])
     cut, bent, seen, lost = rng.random(4) < (0.35, 0.35, 0.2, 0.2)

@@ -101,7 +101,8 @@ def random_view(points: Tensor, num_points: int, generator: BatchGenerator) -> T
 def fill(points: Tensor, num_points: int) -> Tensor:
     """Fill clouds [B, n, 3] up to [B, num_points, 3] with moved copies of their points.
 
-    This is `frame.py::fill` for batches.
+    This is `frame.py::fill` for batches. Unlike that function, it needs a cloud of more points than
+    rounds of copies: n must be larger than (num_points - 1) // n.
     """
     count = points.shape[1]
     if count == num_points:

@@ -177,8 +177,8 @@ class Labelled:
         """Take the labelled `share` of train, and split it into train and validation.
 
         held: the fraction of this share that becomes validation. If `held` is 0, nothing is split
-        off. Then validation is the source's own validation split. It is None if the source has no
-        such split, or if `share` is less than 1. Returns train and validation.
+        off, and validation is the source's own validation split, or None if the source has no such
+        split or if `share` is less than 1. Returns train and validation.
         """
         chosen = self.labelled(share, seed)
         if not held:

@@ -1,5 +1,5 @@
-"""A frozen image transformer (ViT) with learned prompt tokens. In ACT (Dong et al. 2023) it is part
-of the discrete autoencoder (the dVAE of dvae.py).
+"""A frozen image transformer (ViT) with learned prompt tokens. It can be a part of the discrete
+autoencoder (the dVAE of dvae.py), as in ACT (Dong et al. 2023).
 
 Runs do not store the ViT's weights. They store a checksum of the weights and the place where the
 ViT is found: the path of its folder, or its Hub id.
