@@ -109,7 +109,7 @@ def test_a_reader_of_another_package_reads_files_in_any_process(site, tmp_path, 
     assert store.class_names == ("a", "b")
     for row in range(len(store)):
         wanted = points[int(Path(store.key(row)).stem)]
-        found = store.file_coordinates(row, store.points(row))
+        found = store.cloud(row).file_coordinates()
         assert np.allclose(found[np.lexsort(found.T)], wanted[np.lexsort(wanted.T)], atol=1e-5)
     assert "were there already" in run(site, "prepare", str(tmp_path / "scans"), *words).stdout
     assert run(site, "info", str(tmp_path / "store"), "--verify").returncode == 0

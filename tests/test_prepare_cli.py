@@ -154,6 +154,6 @@ def test_the_real_files_are_taken_or_left_with_a_reason(real_data, tmp_path, cap
     )
     rows = np.loadtxt(files / "pedestrian43.csv", delimiter=",", skiprows=1, usecols=(3, 4, 5))
     one = Store(tmp_path / "one")
-    back = one.file_coordinates(0, one.points(0))
+    back = one.cloud(0).file_coordinates()
     assert np.abs(back[:, None] - rows).max(2).min(1).max() < 1e-5
     assert call("pretrain", *flags(TINY, {"data": store}), "--out", tmp_path / "run") == 0

@@ -474,7 +474,7 @@ def test_gltf_is_y_up_whatever_the_other_files_are(tmp_path):
         prepare(
             tmp_path / "in", tmp_path / str(said), Preparation(points=256, up_axis=said), workers=1
         )
-        assert np.ptp(Store(tmp_path / str(said)).cloud(0).points, axis=0).argmax() == axis
+        assert np.ptp(Store(tmp_path / str(said)).points(0), axis=0).argmax() == axis
 
 
 def test_a_hidden_node_of_gltf_is_left_out_with_what_hangs_on_it(tmp_path):

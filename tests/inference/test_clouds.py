@@ -101,7 +101,6 @@ def test_so_has_every_cloud_of_a_store(tmp_path, seed):
     for item, expected in zip(find_clouds(store)[0], originals(items), strict=True):
         found = item_at(item.path)
         assert found.read().points.tobytes() == expected
-        assert found.z_up
 
 
 def test_a_file_whose_name_has_a_sign_wins_over_the_row(tmp_path):

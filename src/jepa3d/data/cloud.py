@@ -56,7 +56,7 @@ class PointCloud:
     faces: np.ndarray | None = None  # [F, 3] int64
     # number of points in the file, without NaN points; None if all of these points were kept
     total: int | None = None
-    # the up axis, if the format of the file defines one (glTF: y)
+    # the up axis, if the format of the file defines one (glTF: y) or a store has recorded it
     up: str | None = None
     # number of NaN points that were left out (the sensor measured nothing there)
     unseen: int = 0

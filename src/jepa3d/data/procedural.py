@@ -278,7 +278,7 @@ def count_of(source: Path | str, kind: str = "procedural", fewest: int = 1) -> i
     name, _, count = str(source).partition(":")
     if name != kind:
         return 0
-    if not count.isdigit() or int(count) < fewest:
+    if not count.isdecimal() or int(count) < fewest:
         raise ReadError(f"{source}: give {kind}:COUNT with a COUNT of {fewest} or more")
     return int(count)
 

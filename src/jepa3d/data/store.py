@@ -165,17 +165,16 @@ class Store:
         return self.array("points", row, count)
 
     def cloud(self, row: int) -> PointCloud:
-        """Read a cloud with all its stored attributes; points are z-up in the unit sphere."""
+        """Read a cloud with all its stored attributes.
+
+        Points and normals have the axes of the cloud's file; `up` says which of them points up.
+        """
         names, frame = self.shard(self._span(row)[0]), self.columns["frame"][row]
         arrays: dict[str, Any] = {name: self.array(name, row) for name in names}
-        arrays["points"] = np.asarray(arrays["points"], np.float32)
-        return PointCloud(origin=np.array(frame[:3]), scale=float(frame[3]), **arrays)
-
-    def file_coordinates(self, row: int, points: np.ndarray) -> np.ndarray:
-        """Convert points [n, 3] of a stored cloud to the coordinates of its file, in float64."""
-        *origin, scale = self.columns["frame"][row].tolist()
-        axes = TO_Z_UP["xyz"[self.columns["up"][row]]].astype(float)
-        return np.asarray(points, np.float64) @ axes * scale + origin
+        up = "xyz"[self.columns["up"][row]]
+        for name in arrays.keys() & {"points", "normals"}:
+            arrays[name] = np.asarray(arrays[name], np.float32) @ TO_Z_UP[up]
+        return PointCloud(origin=np.array(frame[:3]), scale=float(frame[3]), up=up, **arrays)
 
     def key(self, row: int) -> str:
         """Return the key of a cloud."""

@@ -76,17 +76,15 @@ class Address:
         return None
 
     @property
-    def z_up(self) -> bool:
-        """True for a cloud in a store. Such a cloud always has z up. The setting `up_axis` of a
-        command applies only to clouds in files.
-        """
+    def in_store(self) -> bool:
+        """True for a cloud in a store."""
         return self.part is not None and is_store(self.file)
 
     def open(self) -> PointCloud:
         """Read the cloud. Raises ReadError if that fails."""
         if self.part is None:
             return read(self.file)
-        if is_store(self.file):
+        if self.in_store:
             if (row := _row_of(self.file, self.part)) is None:
                 raise ReadError(f"{self}: no longer there")
             return _store(self.file)[0].cloud(row)
@@ -106,7 +104,6 @@ class Item:
     read: Callable[[], PointCloud]  # picklable
     stamp: int = 0  # a number that changes when the cloud changes, see `_stamp`
     label: str | None = None
-    z_up: bool = False  # see `Address.z_up`
 
     def turned(self, cloud: PointCloud, up_axis: str) -> np.ndarray:
         """Rotate a cloud to z-up; if `up_axis` is "none", do not rotate. Returns the points
@@ -115,7 +112,7 @@ class Item:
         cloud: the result of `read`; for a mesh, points sampled from it. up_axis: the up axis of a
         file that does not define its own.
         """
-        if self.z_up or up_axis == "none":
+        if up_axis == "none":
             return cloud.points
         return cloud.points @ TO_Z_UP[cloud.up or up_axis].T
 
@@ -125,7 +122,7 @@ def item_at(path: str | Path, label: str | None = None) -> Item:
     address = Address.parse(path)
     if address is None:
         raise ReadError(f"{path}: no longer there")
-    return Item(str(address), address.open, _stamp(address), label, address.z_up)
+    return Item(str(address), address.open, _stamp(address), label)
 
 
 def find_clouds(
@@ -167,7 +164,7 @@ def _clouds_at(path: str | Path) -> tuple[list[Item], list[tuple[str, str]]]:
         items = []
         for row, (content, label) in enumerate(columns):
             at = Address(root, store.key(row))
-            items.append(Item(str(at), at.open, int(content), names[label], True))
+            items.append(Item(str(at), at.open, int(content), names[label]))
         return items, []
     source, items = discover(Path(root)), []
     for entry in source.entries:
@@ -188,7 +185,7 @@ def _stamp(address: Address) -> int:
     hash of the cloud's content. For any other cloud, it is a hash of the size and modification time
     of the cloud's file.
     """
-    if address.z_up and (row := _row_of(address.file, str(address.part))) is not None:
+    if address.in_store and (row := _row_of(address.file, str(address.part))) is not None:
         return int(_store(address.file)[0].columns["content"][row])
     try:
         status = os.stat(address.file)

@@ -126,7 +126,7 @@ class Page:
         on = self.callback
         find, steps = self.choices.index, {"next": 1, "previous": -1}
         self.chooser.on_update(on(lambda event: self.go(find(event.target.value))))
-        step.on_click(on(lambda _: self.go(self.row + steps[step.value])))
+        step.on_click(on(lambda _: self.go(max(self.row + steps[step.value], -1))))
         self.colours.on_update(on(lambda _: self.recolour()))
         self.again.on_click(on(lambda _: self.recolour()))
         click = on(lambda event: self.pick(event.ray_origin, event.ray_direction))
