@@ -1,5 +1,5 @@
 """Farthest point sampling on a GPU as one Triton kernel, which is faster than the torch loop of
-ops.py: that loop launches more than ten kernels per sample.
+ops.py: that loop launches more than ten kernels per sampled point.
 """
 
 import torch
@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Registers hold the coordinates and distances of all points of a cloud; more points would not fit.
+# The largest number of points of a cloud. Registers hold the coordinates and distances of all
+# points of a cloud; more points than this would not fit.
 MAX_POINTS = 16384
 
 

@@ -1,14 +1,14 @@
 """Types that state the shapes of tensors in signatures, like `Float[Tensor, "b m 3"]` of jaxtyping.
 
-The tests check these shapes at every call: tests/conftest.py imports jaxtyping before this file.
-Outside the tests, nothing is checked and jaxtyping is not imported; the types only inform the
-reader.
+In the tests, every call of a function of ops.py or of `models/` (except layout.py) checks these
+shapes: tests/conftest.py imports jaxtyping before this file. Outside the tests, nothing is checked
+and jaxtyping is not imported; the types only inform the reader.
 
-Each letter is the size of an axis. This list says what lies along each axis. b: clouds; n: points
-of a cloud; m: tokens of a cloud; k: points of a patch; c: channels of a token; e: channels of a
-vector; v: tokens of the context; a: target blocks of a cloud; t: tokens of a target block. `rows`
-is the number of tokens of all clouds together; the tokens are stored one cloud after another.
-`*any` means any number of axes.
+Each letter is the size of an axis, that is, the number of these things. b: clouds; n: points of a
+cloud; m: tokens of a cloud; k: points of a patch; c: channels of a token; e: channels of a vector;
+v: tokens of the context; a: target blocks of a cloud; t: tokens of a target block. `rows` is the
+number of tokens of all clouds together; the tokens are stored one cloud after another. `*any` means
+any number of axes.
 """
 
 import sys

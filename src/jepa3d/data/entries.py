@@ -1,8 +1,8 @@
 """Represent a source of clouds as a list of entries: one per cloud, with its class and split.
 
 Any process can read the cloud of an entry. Class and split come from the file or from the names of
-the folders that contain it. Instead of using these splits, `divide` can choose a fraction of the
-clouds at random as test clouds, or read a list of test clouds.
+the folders that contain it. `divide` can replace these splits: it chooses a fraction of each class
+at random as test clouds, or reads a list of test clouds.
 """
 
 import re
@@ -218,7 +218,7 @@ def lacking(
     names: Sequence[str],
     part: str = "test",
 ) -> list[str]:
-    """Describe the classes that only one of two splits has, such as "disc (2 train, 0 test)".
+    """Describe the classes that at least one of two splits lacks, such as "disc (2 train, 0 test)".
 
     labels: array [n] with the class of each shape, -1 for no label. train, test: masks [n] of the
     shapes in the two splits. names: class names. part: name of the second split. Returns one text

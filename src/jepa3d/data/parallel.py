@@ -1,6 +1,7 @@
 """Apply a function to the entries of a list in several processes, and return results in order.
 
-With more than one process, an entry that crashes its process loses only its own result.
+If an entry crashes a worker process, only the result of this entry is lost. But `mapped` with one
+worker works without worker processes; there, such an entry crashes the whole program.
 """
 
 import multiprocessing
@@ -48,8 +49,8 @@ def mapped(
 def isolated(chunks: list, work: Work, workers: int, preload: str) -> Iterator[list]:
     """Yield for each chunk, in order, the list of results of `work`.
 
-    If a chunk kills its process, its entries are tried one by one; an entry that crashes again has
-    the result CRASHED.
+    If a process dies, the entries of its chunk are tried again, each alone in a new process. An
+    entry that kills this process too has the result CRASHED.
     """
     methods = multiprocessing.get_all_start_methods()
     method = "forkserver" if "forkserver" in methods else "spawn"
@@ -68,8 +69,8 @@ def isolated(chunks: list, work: Work, workers: int, preload: str) -> Iterator[l
 
     def start(chunk: list) -> tuple[list, Future]:
         future = Future()
-        # this future remains if submit fails because an earlier chunk has just broken the pool; the
-        # loop below handles its exception
+        # if `submit` fails because an earlier chunk has just broken the pool, this future is
+        # returned; the loop below handles its exception
         future.set_exception(BrokenProcessPool())
         with suppress(BrokenProcessPool):
             future = executor.submit(work, chunk)

@@ -86,7 +86,7 @@ def read_header(path: Path) -> Header:
                 if length and length[0].kind == "f":
                     raise ReadError(f"{damaged}: a list length cannot be a {words[2]}")
                 before, name = elements[-1].properties, name.lower()
-                # if a name is repeated, later properties of this name also get a number
+                # if a name is repeated, a number is added to the names of the later properties
                 if name in [p.name for p in before]:
                     name = f"{name} {len(before)}"
                 before.append(Property(name, kind, *length))
@@ -198,8 +198,8 @@ def _check_rows(element: Element, good: np.ndarray) -> None:
 def _columns_of_bytes(header: Header, data: bytes) -> dict[str, dict[str, Column]]:
     """Parse the columns of every element from binary data.
 
-    If the length of each list property is the same in all rows, the rows are read as one numpy
-    table. If not, they are read one by one.
+    If each list property has the same length in all rows of an element, these rows are read as one
+    numpy table. If not, they are read one by one.
     """
     found, at = {}, 0
     for element in (e for e in header.elements if e.count):
@@ -264,8 +264,8 @@ def _one_by_one(
 def ply_rows(path: Path) -> Iterator[np.ndarray] | None:
     """Return an iterator over the vertices of a cloud in chunks, arrays [n, 3] float64.
 
-    Returns None if the file must be read whole, that is, if its vertices have lists, lack a
-    coordinate or are not the first element. Returns None as well if its lines end with CR alone.
+    Returns None if the file must be read whole. This is the case if its vertices have lists, lack a
+    coordinate or are not the first element, or if its lines end with CR alone.
     Raises ReadError for a mesh, and for a damaged header.
     """
     header = read_header(path)

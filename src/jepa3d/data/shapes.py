@@ -34,8 +34,8 @@ class Shapes:
     """The shapes of a source, not yet read."""
 
     name: str
-    # returns shape i: its points, not yet reduced to num_points, and also `up`, `unseen` and (if
-    # asked for) `parts`
+    # returns shape i: a cloud with all of its points, that is, not yet reduced to num_points. Its
+    # fields `up`, `unseen` and (if asked for) `parts` are set.
     read: Callable[[int], PointCloud]
     labels: np.ndarray  # [n] int64, -1 for no label
     class_names: tuple[str, ...]
@@ -48,7 +48,7 @@ class Shapes:
     # number of shapes that datasets.py reads and converts together; above 1 if all shapes are in
     # memory and have the same number of points
     batch: int = 1
-    # number of shapes in the source, if only some of them are here
+    # number of shapes in the source; given if only some of them may be here, else None
     total: int | None = None
 
     def rows(self, split: str) -> np.ndarray:
@@ -90,7 +90,8 @@ def _synthetic(source: str, num_points: int, limit: int | None, parts: bool) -> 
     total = procedural.count_of(counted, "synthetic", 8)
     made = synthetic.make_shapes(min(total, 4 * (limit or total)), 2 * num_points)
     points, labels = made["points"], made["labels"]
-    # shape i has class i % 21; 4 and 21 have no common factor, so every class has test shapes
+    # shape i has class i % 21; 4 and 21 have no common factor, so every class has a test shape
+    # among any 84 shapes in a row
     split = (np.arange(len(points)) % 4 == 3).astype(np.int8)
     digest = hashlib.sha256(points.tobytes()).hexdigest()
 

@@ -1,20 +1,22 @@
 """Compare encoders shape by shape: score frozen vectors on every single shape, and compute paired
 differences. Each difference has a verdict and a 95 % interval, which accounts for the random choice
-of seeds and shapes. No setting is chosen.
+of seeds and shapes. The settings of the classifiers of frozen vectors are fixed; none is chosen by
+a score.
 
 | metric      | score of one shape, in per cent                                                   |
 |-------------|-----------------------------------------------------------------------------------|
 | logistic_10 | share of 10 logistic regressions (each on 10 labels a class) that are correct     |
 | knn         | 100 if the vote of its 10 nearest train shapes (by cosine) is correct, else 0     |
 | map         | average precision when the other scored shapes are ranked by similarity           |
-| nearest     | 100 if the most similar of these other shapes has the same class, else 0          |
+| nearest     | 100 if the most similar of the other scored shapes has the same class, else 0     |
 | finetuned   | 100 if a network fine-tuned from the encoder is correct, else 0 (if requested)    |
 
-The first two metrics are those of `jepa3d probe --quick`: the vectors are standardised before
-classifiers are fitted to them. The next two are those of `jepa3d retrieval`, which compares the
-vectors as they are; both are NaN for a shape that is alone in its class. An encoder's vector of a
-shape is the mean and the maximum of the last layer's tokens, concatenated. If the encoder stores a
-mean and std of its vectors, the vector is also standardised by these.
+An encoder's vector of a shape is the mean and the maximum of the last layer's tokens, concatenated.
+If the encoder stores a mean and std of its vectors, all metrics use vectors standardised by these.
+The metrics logistic_10 and knn are those of `jepa3d probe --quick`: each classifier also
+standardises the vectors by the mean and std of the train shapes to which it is fitted. The metrics
+map and nearest are those of `jepa3d retrieval`, which does not standardise the vectors again. Both
+are NaN for a shape that is alone in its class.
 """
 
 from collections.abc import Callable, Sequence
@@ -215,8 +217,8 @@ class Row(NamedTuple):
     metric: str
     name: str
     values: list[float]  # one value per seed: the mean score over shapes, in per cent
-    # the difference from the reference arm; None for the reference itself, and for all rows if the
-    # reference could not be trained
+    # the difference from the reference arm; None for the reference itself, and if the reference has
+    # no score under this metric (if its training failed, or if it was not fine-tuned)
     difference: Difference | None
 
     def record(self) -> dict[str, Any]:
@@ -253,9 +255,10 @@ def sheets_of(
 ) -> list[Sheet]:
     """Return a table for every data set, with a column for every metric that was scored on it.
 
-    A row with a difference from the reference shows this difference, its interval and its verdict.
-    A row without a difference, such as the row of the reference, shows mean ± std over seeds.
-    minutes: arm -> CPU-minutes. failed: arm -> why it failed. about: data set -> its description.
+    rows: each one becomes a cell of a table. The cell shows the difference from the reference, its
+    interval and its verdict. Without a difference (as for the reference itself), the cell shows
+    mean ± std over seeds. minutes: arm -> CPU-minutes. failed: arm -> why it failed. about: data
+    set -> its description.
     """
     # data set -> row -> metric -> cell
     tables: dict[str, dict[str, dict[str, str]]] = {}

@@ -14,8 +14,8 @@ from tqdm import tqdm
 from jepa3d.data.cloud import TO_Z_UP
 from jepa3d.models.encoder import PointEncoder
 
-# The record of a point: its z-up coordinates, and its number in the scan. NaN points have no
-# number.
+# The record of a point: its z-up coordinates, and its number in the scan, from 0. NaN points are
+# left out before points are numbered.
 RECORD = np.dtype([("xyz", "<f8", 3), ("index", "<i8")])
 BUCKET = 1_000_000  # approximate number of points that are sorted in memory at once
 # Approximate number of cells in a line (see `Grid.keys`). It limits how many tiles are in memory.
@@ -79,8 +79,9 @@ class Grid:
         the order of their keys.
 
         The grid is cut into strips that run along its longer horizontal axis. Each strip is cut
-        across into lines; a line is one cell thick and as high as the grid. If all cells of a tile
-        lie in one strip, they lie in one line or in two consecutive lines.
+        across into lines. A line is as wide as its strip and as high as the grid, but only one cell
+        long in the direction of the strip. If all cells of a tile lie in one strip, they lie in one
+        line or in two consecutive lines.
         """
         major, minor, strip, height = self._line
         lines = (cells[:, minor] // strip) * (self.count[major] + 2) + cells[:, major]

@@ -51,8 +51,9 @@ def embed_files(
     every cloud that cannot be used.
 
     Raises ValueError for wrong settings, for settings other than those of the vectors in `out`, or
-    if another command is writing to `out`. Raises ReadError if a path has no clouds, if no cloud
-    can be used and `out` had no vectors before, or if a file in `out` is not a file of vectors.
+    if another command is writing to `out`. Raises ReadError if a path has no clouds (except for an
+    empty folder with `prune`), if no cloud can be used and `out` had no vectors before, or if a
+    file in `out` is not a file of vectors.
     """
     files, shares = _share_files(out, share)
     if workers < 0:
@@ -148,8 +149,9 @@ def _collect(
     """Write results to a file at intervals and at the end, even if the run is interrupted.
 
     known: paths that are already in the file. gone: paths whose rows are to be deleted. counts: the
-    counts of `embed_files`, to which the results are added. Each write rewrites the whole file, so
-    the interval before the next write is at least ten times as long as the last write took.
+    counts of `embed_files`, to which the results are added. Each write rewrites the whole file. To
+    limit this cost, the time from one write to the next is at least `COMMIT_SECONDS`, and at least
+    ten times as long as the write took.
     """
     rows: list[tuple] = []
     last, cost = time.monotonic(), 0.0

@@ -26,7 +26,8 @@ from jepa3d.plain import is_code, load_code
 
 
 class JEPAOutput(NamedTuple):
-    # scalar: the cosine loss or, if SIGReg or the view term is used, a weighted sum of these terms
+    # scalar: the cosine loss or, if SIGReg or the view term is used, a weighted sum of the cosine
+    # loss and the terms that are used
     loss: Tensor
     prediction: Tensor  # B A T E: A target blocks of T tokens
     target: Tensor  # B A T E
@@ -199,7 +200,8 @@ class JEPA(nn.Module):
                 position = layout.pack(gather_points(rank_positions, sample.context))
                 target_position = gather_points(rank_positions, sample.target)
             return self.projection(decoder(context, layout, position, target_position)), context
-        # Without a decoder (Table V), context and mask tokens go through the encoder together.
+        # Without a decoder (Table V of the paper), context and mask tokens go through the encoder
+        # together.
         x, position, joint = decoder.assemble(tokens, layout, position, target_position)
         encoded = encoder.hidden_states(
             joint.every_pass(x), joint.every_pass(position), joint, generator
@@ -209,7 +211,8 @@ class JEPA(nn.Module):
         ]
 
     def after_step(self, progress: float) -> None:
-        """Update the moving average in the teacher, if it has one; frozen networks do not change.
+        """If the teacher has a moving average of the encoder, update it; frozen networks do not
+        change.
 
         progress: the finished share of the run, 0 to 1.
         """

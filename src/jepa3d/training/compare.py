@@ -4,8 +4,8 @@ seeds, score every run once, and compare each arm with a reference arm.
 OUT/runs/ARM-SEED/   a run of jepa3d pretrain, and the scores of its vectors in scores-*.json. The
                      runs of the reference also have the scores of the baselines (their untrained
                      encoders, and handcrafted vectors). Fine-tuning runs are in sub-folders
-                     finetuned-*. If the grid gives learning rates (`lr`), the folder's name is
-                     ARM-lrRATE-SEED
+                     finetuned-*. If the grid gives learning rates (`lr`), the folder is called
+                     ARM-lrRATE-SEED instead of ARM-SEED
 OUT/costs.json       CPU seconds per step, if arms get equal CPU time
 OUT/log.txt          the log of all runs
 OUT/table.md         the tables
@@ -54,14 +54,14 @@ class Comparison:
     def __init__(self, grid: Grid, sets: list[LabelledSet], part: Part, out: Path):
         """Read the scored sets (the labelled shapes on which arms are scored), and check that
         existing runs have the settings of the grid. If arms get equal CPU time, also measure the
-        time per step of each arm.
+        time per step of each arm for which OUT/costs.json does not have it yet.
 
         Raises ValueError, before any run is trained, if the comparison cannot be made.
         """
         self.names, self.part, self.out = paired.names_of(sets), part, out
         self.shapes = cache(LabelledSet.read)
         self.clouds: dict[tuple, PointClouds] = {}
-        # run that has ended -> why it failed, or None if it succeeded
+        # folder of a run that has ended -> why the run failed, or None if it succeeded
         self.ended: dict[Path, str | None] = {}
         self.failed: dict[str, str] = {}  # arm -> why it failed
         self.rates: dict[str, float | None] = {}  # arm -> its chosen learning rate
@@ -262,7 +262,7 @@ class Comparison:
 
     def _load(self, config: PretrainConfig) -> PointClouds:
         """Load the shapes of a run; runs on the same data share the loaded shapes."""
-        # `clouds_of` reads twice as many points if the run uses views
+        # `clouds_of` reads twice as many points if the loss has the view term
         viewed = config.objective == "jepa" and config.target.view > 0
         key = config.data, config.split, config.up_axis, viewed, config.encoder.num_points
         if key not in self.clouds:
@@ -305,7 +305,7 @@ class Comparison:
         metric.
 
         name: as in `paired.vectors_by`. The handcrafted vectors of a shape are the same for all
-        seeds. With these vectors, a seed only chooses the labelled shapes.
+        seeds. For these vectors, a seed only chooses the samples of 10 labels per class.
         """
         shapes, runs = self._read(dataset, arm, part), runs or self._runs(arm)
         vectors = cache(lambda run: paired.vectors_by(name, run, shapes))
