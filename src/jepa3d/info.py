@@ -47,8 +47,9 @@ def describe(
     path: what to describe; None describes this installation. The other arguments are used only for
     a source of shapes. up_axis, labels_key: the up axis of the source, and the name of the array of
     labels in an .npz file. picture: a file to which pictures of some shapes are written. verify:
-    compare the files of a store with their checksums; for any other source, also say that every
-    cloud was read. Raises ValueError if `path` is nothing that can be described, or is damaged.
+    compare the files of a store with their checksums. For any other source, every cloud is read
+    even without `verify`; with it, a line is printed that says so. Raises ValueError if `path` is
+    nothing that can be described, or is damaged.
     """
     if path is None:
         _installation()

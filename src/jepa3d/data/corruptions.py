@@ -21,15 +21,15 @@ class Kind(NamedTuple):
 
     change: Callable[[np.ndarray, float, Generator], np.ndarray]
     levels: tuple[float, ...]  # mildest first
-    # True if the packaged encoder was trained on such changes: those of `random_view` in
-    # transforms.py, and random scaling of the axes
+    # True if the packaged encoder was trained on changes of this kind: `random_view` in
+    # transforms.py makes them, or the random scaling of the axes does
     trained: bool = True
 
 
 def corrupt(points: np.ndarray, kind: str, severity: int, shape: int) -> np.ndarray:
     """Corrupt a cloud [N, 3] in the unit sphere; returns points [n, 3] float32.
 
-    kind: a key of `KINDS`. severity: index of the level, from 0. shape: number of the shape; kind,
+    kind: a key of `KINDS`. severity: index of the level, from 0. shape: index of the shape; kind,
     severity and shape together seed the random generator.
     """
     rng = np.random.default_rng([zlib.crc32(kind.encode()), severity, shape])
@@ -60,7 +60,7 @@ def drop_global(points: np.ndarray, share: float, rng: Generator) -> np.ndarray:
 
 
 def drop_local(points: np.ndarray, share: float, rng: Generator) -> np.ndarray:
-    """Remove a share of the points, as one to seven clusters around random points."""
+    """Remove a share of the points: one to seven clusters around random points of the cloud."""
     for size in _clusters(share * len(points), rng):
         distance = _squares(points, points[rng.integers(len(points))])
         points = points[np.sort(distance.argsort(kind="stable")[size:])]
@@ -76,7 +76,8 @@ def add_global(points: np.ndarray, share: float, rng: Generator) -> np.ndarray:
 
 
 def add_local(points: np.ndarray, share: float, rng: Generator) -> np.ndarray:
-    """Add points in one to seven clusters around random points, within the unit ball.
+    """Add points in one to seven clusters around random points of the cloud. Added points outside
+    the unit ball are moved into it.
 
     share: number of all added points, relative to the number of points in the cloud.
     """

@@ -2,7 +2,8 @@
 
 In the standard form, coordinates are float32 in the unit sphere, z is up, and all shapes have the
 same number of points. These points are chosen by farthest point sampling (section IV-A of the
-paper) when a shape is loaded (or, for a store, when it was prepared), never in a training step.
+paper) when a shape is loaded, never in a training step. For a store that is read on demand (each
+cloud when it is used), they were chosen when the store was prepared.
 """
 
 import hashlib
@@ -30,8 +31,8 @@ class PointClouds:
     # points; for several sources, sha256 of their fingerprints
     fingerprint: str
     # [n, N, 3] float32. After load(raw=True), shapes may have different numbers of points, so
-    # they are an object array [n] of arrays [N_i, 3]. Exceptions are .npz bundles, and stores that
-    # are read on demand.
+    # they are an object array [n] of arrays [N_i, 3]. Exceptions are "synthetic", .npz bundles, and
+    # stores that are read on demand.
     points: np.ndarray | StoredPoints
     labels: np.ndarray | None = None  # [n] int64; None if any shape has no label
     class_names: tuple[str, ...] = ()
@@ -89,14 +90,14 @@ def load(
     """Load one split of all sources as one `PointClouds`.
 
     If there are several sources, their labels and splits are dropped. sources: each one is
-    "synthetic", "procedural:COUNT", or the path of a store, an .npz bundle, a benchmark, a folder
-    or a file. num_points: number of points of a shape in the standard form. split: train, test, val
-    or all; if a source has no splits, all its shapes count as train. up_axis: one value for all
-    sources, or one per source. labels_key: name of the labels array in an .npz bundle. limit:
-    largest number of shapes to read from each source. raw: keep the points as in the source, that
-    is, neither sample nor normalise them; this has no effect on a store that is read on demand.
-    parts: also read part labels, which is possible for a single source only. Raises ValueError or
-    its subclass ReadError.
+    "synthetic", "synthetic:COUNT", "procedural:COUNT", or the path of a store, an .npz bundle, a
+    benchmark, a folder or a file. num_points: number of points of a shape in the standard form.
+    split: train, test, val or all; if a source has no splits, all its shapes count as train.
+    up_axis: one value for all sources, or one per source. labels_key: name of the labels array in
+    an .npz bundle. limit: largest number of shapes to read from each source. raw: keep the points
+    as in the source, that is, neither sample nor normalise them; this has no effect on a store that
+    is read on demand. parts: also read part labels, which is possible for a single source only.
+    Raises ValueError or its subclass ReadError.
     """
     sources, axes = list(sources), list(up_axis)
     if len(axes) not in (1, len(sources)):

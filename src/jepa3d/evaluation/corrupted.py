@@ -1,10 +1,11 @@
 """The option `--corruptions` of `jepa3d retrieval` and `jepa3d probe`: how well the frozen
 vectors of corrupted shapes retrieve shapes of the same class, or predict the class.
 
-First all points of a shape are corrupted, in one of the ways that data/corruptions.py lists. Then
-frame.py normalises the shape and chooses the points that the networks see. The encoder and the
-baselines are given the same corrupted shape. The shapes that are searched, or to which classifiers
-are fitted, are not corrupted. No setting is tuned: the layer and the regularisation C are fixed.
+First a shape is corrupted in one of the ways that data/corruptions.py lists. Shapes of an .npz
+bundle or a store are corrupted with all of their points. Then frame.py normalises the corrupted
+shape and chooses the points that the networks see. The encoder and the baselines are given the same
+corrupted shape. The shapes that are searched, or to which classifiers are fitted, are not
+corrupted. No setting is tuned: the layer and the regularisation C are fixed.
 """
 
 from typing import Any, Literal

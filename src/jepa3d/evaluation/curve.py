@@ -124,9 +124,10 @@ def _points(
 
 
 def sheet(curves: list[Curve], protocol: str, part: Part = "test") -> Sheet:
-    """Return a table with a row per curve: its accuracy at the start and at the end, and its
-    CPU-minutes. Further columns have the CPU-minutes after which the curve reaches the final
-    accuracy of each curve of the table, itself included (see `Curve.minutes_to`).
+    """Return a table with a row for each `Curve`: its accuracy at the start and at the end, and its
+    CPU-minutes. The table also has a column for each `Curve`. This column says after how many
+    CPU-minutes the curve of a row reaches the final accuracy of the column's curve (see
+    `Curve.minutes_to`).
     """
     rows = []
     for curve in curves:

@@ -164,7 +164,8 @@ def opened(
 ) -> Iterator[tuple[PointEncoder, dict[str, Descriptor], Labelled]]:
     """Yield for every model: its encoder; its descriptors by name; and the shapes.
 
-    The descriptors of the first model include its baselines. dataset: its up axis may also be
+    A descriptor is a pair: a function that computes vectors, and a function that compares them. The
+    descriptors of the first model also include its baselines. dataset: its up axis may also be
     "none", for vectors that do not depend on the rotation of a shape. part: the split to search:
     train, test or validation. The attribute `test` of the yielded shapes has this split, whichever
     it is (see `Labelled.of`). whole: read the shapes of an .npz bundle or a store with all of their
@@ -195,7 +196,7 @@ def opened(
 def _points_in(data: str, fewest: int) -> int:
     """Return the number of points per cloud in an .npz bundle or a store, but at least `fewest`.
 
-    In all other kinds of data, the clouds have different numbers of points; then return `fewest`.
+    Return `fewest` if the clouds have different numbers of points, or for any other kind of data.
     """
     path, count = Path(data), None
     if (path / "store.json").is_file():

@@ -115,8 +115,8 @@ def create_or_update(vectors: Vectors, path: Path) -> tuple[int, int]:
     kind = schema(vectors.spec)
     reader = pa.RecordBatchReader.from_batches(kind, _batches(vectors, kind))
     table = path / f"{_TABLE}.lance"
-    # If the command that first wrote the store was killed, the table has no finished transaction.
-    # The table is then made again.
+    # If the command that made the store was killed, the table may have no finished transaction. The
+    # table is then made again.
     unfinished = path.is_dir() and set(path.iterdir()) <= {table}
     unfinished = unfinished and not any((table / "_versions").glob("*.manifest"))
     if not path.exists() or unfinished:
@@ -126,7 +126,7 @@ def create_or_update(vectors: Vectors, path: Path) -> tuple[int, int]:
     vectors.spec.check(store.spec, path)
     merging = store.table.merge_insert("path").when_matched_update_all()
     result = merging.when_not_matched_insert_all().execute(reader)
-    # This also adds the new rows to the index for approximate search.
+    # `optimize` also adds the new rows to the index for approximate search.
     store.table.optimize(cleanup_older_than=_OLD)
     return result.num_inserted_rows, result.num_updated_rows
 

@@ -11,8 +11,9 @@ num_points  number of points in the cloud as it was read; for a mesh, the number
 stamp       for a cloud in a store, a hash of its content; for any other cloud, a hash of its file's
             size and modification time. While the stamp stays equal, the cloud is unchanged
 vector      [E] float32, not scaled to length 1
-error       why the cloud has no vector; null if it has one. Only tables that `Embedder` returns
-            have this column. `Vectors` skips rows with an error
+error       why the cloud has no vector; null if it has one. Only the tables that `Embedder`
+            returns, and files made from these tables, have this column. `Vectors` skips rows with
+            an error
 """
 
 import json

@@ -86,8 +86,9 @@ class Pretrained(nn.Module, ModelHubMixin):
     BEFORE: ClassVar[dict[str, Any]] = {}
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        # All settings of the networks in PARTS are stored: when config.json is read, a missing
-        # setting gets its value in BEFORE, which may not be the value that this network has.
+        # Store all settings of the inner networks (PARTS), not only those that the caller gave.
+        # When config.json is read, a missing setting would get its value in BEFORE, and this
+        # network may have another value.
         for name in self.PARTS:
             part = vars(getattr(self, name))["_hub_mixin_config"]
             vars(self)["_hub_mixin_config"][name] = part

@@ -3,7 +3,8 @@
 The contexts of a batch (the visible tokens of each cloud) differ in length. If linear layers worked
 on padding too, a third of the work of encoder and decoder would be wasted. So the tokens of all
 clouds are stored one after another as rows [n, C], without padding. A layout converts these rows to
-padded sequences and back. Its `mask` is False at padding, or None if there is no padding.
+padded sequences and back. The attribute `mask` of a layout is False at padding; it is None if there
+is no padding.
 """
 
 import torch

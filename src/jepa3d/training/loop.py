@@ -264,7 +264,7 @@ def read_ahead(read: Callable[[int], Any], steps: range) -> Generator[Any]:
 
 
 def to_device(points: Tensor, device: torch.device) -> Tensor:
-    """Move points to the device. If it is a CUDA GPU, do not wait for the end of the copy."""
+    """Move points to the device; do not wait for the end of the copy if `device` is a CUDA GPU."""
     if torch.get_device_module(device).__name__ != "torch.cuda":
         return points.to(device)
     return points.pin_memory().to(device, non_blocking=True)
@@ -329,7 +329,9 @@ def stop_requested(accelerator: Accelerator, signals: list, step: int) -> bool:
 
 @contextmanager
 def _stop_signals():
-    """Yield a list that collects SIGINT and SIGTERM; a second signal ends the process as usual."""
+    """Yield a list that collects SIGINT and SIGTERM. A second signal of the same kind has its usual
+    effect.
+    """
     received: list[int] = []
     names = (signal.SIGINT, signal.SIGTERM)
     handlers = {name: signal.getsignal(name) for name in names}
