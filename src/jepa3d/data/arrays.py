@@ -21,7 +21,7 @@ from jepa3d.plain import printable
 
 ARRAY_SUFFIXES = (".npy", ".npz", ".h5", ".hdf5")
 _BLOCK = 256  # number of clouds that are read from a file at once
-# the arrays of a file may unpack to 50 times its size, or to 256 MiB if that is more
+# the arrays of a file may unpack to 50 times the file's size, or to 256 MiB if that is more
 _UNPACK_LIMIT = 50, 1 << 28
 # meaning -> names that an array with this meaning may have; if several are present, the first of
 # these names is used

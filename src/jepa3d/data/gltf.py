@@ -21,8 +21,8 @@ from jepa3d.data.meshes import mesh, strip
 # numbers of component types in glTF -> numpy types
 _KINDS = {5120: "<i1", 5121: "<u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
 _WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT4": 16}
-# largest number of vertices plus corners of triangles in a scene; a limit is needed, since a small
-# file may show one mesh many times
+# largest number of vertices plus corners of triangles in a scene, and of values in one accessor; a
+# limit is needed, since a small file may show one mesh many times
 _MAX_VALUES = 50_000_000
 # extensions that change shapes and that this module applies
 _GEOMETRY = ("KHR_mesh_quantization", "EXT_mesh_gpu_instancing", "KHR_node_visibility")

@@ -16,7 +16,7 @@ _TRIANGLE = np.dtype("(3,)<f4, (3,3)<f4, <u2")
 # number of bytes before the triangles of a binary STL: 80 for a title, 4 for the triangle count
 _HEAD = 84
 _CORNER = re.compile(rb"\bvertex\s+([-+.\dni]\S*\s+[-+.\dni]\S*\s+[-+.\dni]\S*)")
-# largest number of corners of a concave polygon, since time may grow with the cube of this number
+# largest number of corners of a concave polygon, since the time of `_ears` may grow with its square
 _MOST_CORNERS = 2000
 
 
@@ -142,8 +142,9 @@ def _ears(corners: np.ndarray, normal: np.ndarray) -> np.ndarray:
     """Cut one concave polygon [n, 3] into triangles [n - 2, 3] of its corners, by ear clipping.
 
     An ear is a convex corner whose triangle with its two neighbours contains no other corner. Ears
-    are cut off until three corners are left. A polygon that crosses itself may have no ear; then
-    the rest of it becomes a fan around one corner.
+    are cut off until three corners are left. A polygon that crosses itself may have no ear. If no
+    ear is found, or if the limit on tries is reached, the rest of the polygon becomes a fan around
+    one corner.
     """
     axis = int(np.abs(normal).argmax())
     flat = np.delete(corners, axis, 1)
@@ -156,7 +157,8 @@ def _ears(corners: np.ndarray, normal: np.ndarray) -> np.ndarray:
 
     places, others = [tuple(place) for place in flat.tolist()], flat
     left, found, at, missed = list(range(len(corners))), [], 0, 0
-    # a limit, since a malicious polygon could take hours; a spiral needs only 20 tries per corner
+    # a limit, since a file of malicious polygons could take hours; a spiral needs only 20 tries per
+    # corner
     tries = 100 * len(corners)
     while len(left) > 3 and missed < len(left) and tries:
         at, missed = at % len(left), missed + 1
@@ -191,7 +193,10 @@ def strip(corners: np.ndarray) -> np.ndarray:
 
 
 def read_off(path: Path) -> PointCloud:
-    """Read OFF in text; vertex colours are kept, face colours are skipped. Raises ReadError."""
+    """Read OFF in text; vertex colours are kept, face colours are skipped. Raises ReadError.
+
+    Vertex normals are skipped too.
+    """
     text = re.sub(rb"#.*", b"", unix_lines(path.read_bytes()))
     if not (start := _OFF.match(text)):
         raise ReadError("not an OFF file: it does not begin with OFF")
@@ -266,6 +271,7 @@ def read_obj(path: Path) -> PointCloud:
     (values, at), kept = rows.numbers(), {}
     vertices = values[at[:, None] + np.arange(3)]
     # in a file with colours, each vertex line has x, y, z, red, green, blue and perhaps one more
+    # number
     if set(rows.counts) <= {6, 7}:
         kept["colors"] = to_bytes(values[at[:, None] + np.arange(3, 6)])
     # a corner has indices v/vt/vn: keep only v, the index of the vertex
@@ -277,6 +283,7 @@ def read_obj(path: Path) -> PointCloud:
         kinds = np.array(re.findall(rb"(?m)^[ \t]*(v|f)o?[ \t]", text))
         above = np.repeat(-np.cumsum(kinds == b"v")[kinds == b"f"], faces.counts)
     corners = corners - np.where(corners < 0, above, 1)
+    # normals are kept only if the file is a cloud and has one normal per vertex
     normals = Rows(b"" if len(faces) else after(b"vn")).numbers()[0]
     if len(normals) == 3 * len(vertices):
         kept["normals"] = normals.reshape(-1, 3).astype(np.float32)

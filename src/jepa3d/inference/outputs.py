@@ -102,7 +102,8 @@ def _with_colors(laspy: Any, scan: Path) -> Any:
     newest = laspy.header.Version.from_str(max(str(header.version), preferred))
     header.set_version_and_point_format(newest, kind)
     # The special records of a COPC file describe an octree of the old file, which does not match
-    # the new file. So these records are dropped.
+    # the new file. So these records are dropped, and so are all extended records (EVLRs), which are
+    # not read.
     header.vlrs = [vlr for vlr in header.vlrs if vlr.user_id != "copc"]
     header.evlrs = None
     return header

@@ -102,6 +102,8 @@ class LinearClassifier(
         self.least_likeness = least_likeness
         self.out = nn.Linear(self.encoder.width * len(pooling.split("_")), len(class_names))
         if least_likeness > -1:
+            # Set by inference/label.py. The rows of `means` have length 1, so that `unknown`
+            # computes cosines.
             self.shift, self.spread = (
                 nn.Buffer(torch.ones(self.out.in_features)) for _ in range(2)
             )

@@ -1,10 +1,10 @@
 """Choose how a run computes: its precision, compilation and activation checkpoints. This file also
 checks the tracker (such as TensorBoard) to which a run logs its metrics.
 
-bf16 doubles the speed of some processors and halves that of others. The setting
-mixed_precision=auto chooses by the kind of processor, without a trial. The settings
-mixed_precision=measure and compile=auto choose by a trial, which times a few forward and backward
-passes of the model. RUN/run.json records the choice, and a resumed run keeps it.
+bf16 is faster than fp32 on some processors and slower on others. The setting mixed_precision=auto
+chooses by the kind of processor, without a trial. The settings mixed_precision=measure and
+compile=auto choose by a trial, which times a few forward and backward passes of the model.
+RUN/run.json records the choice, and a resumed run keeps it.
 """
 
 import copy
@@ -35,7 +35,8 @@ from jepa3d.run import Run
 # Whether the machine has no GPU. Accelerate must be told this, since otherwise it does not connect
 # the processes on such a machine.
 ON_CPU = not torch.accelerator.is_available()
-# A trial has WARM_UP + STEPS steps. All are timed, but the times of the first WARM_UP are not used.
+# A trial takes WARM_UP + STEPS steps with each combination of precision and compilation. All steps
+# are timed, but the times of the first WARM_UP are not used.
 WARM_UP, STEPS = 2, 5
 How = tuple[str, bool]  # precision, and whether blocks are compiled
 Config = TypeVar("Config", bound=RunConfig)
