@@ -21,8 +21,8 @@ class Bar(float):
 
 
 def show(value: Any) -> str:
-    """Return a value as text: a float with 6 digits, a bool as yes or no, None and "" as "-", and a
-    list with commas.
+    """Return a value as text: a float with 6 significant digits, a bool as yes or no, None and ""
+    as "-", and a list with commas.
     """
     if isinstance(value, (list, tuple)):
         return ", ".join(map(show, value))

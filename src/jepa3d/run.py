@@ -3,7 +3,7 @@
 config.json         the resolved settings         run.json       data, versions, status, cost
 metrics.jsonl       one line per logged step      results.json   metrics of a downstream run
 untrained/          the encoder before step 1     encoder/, dvae/ or model/   the trained network
-stage1/NAME/        runs of stage I               given/N/       copies of networks given by path
+stage1/NAME/        runs of stage I               given/N/       networks copied from path or Hub
 snapshots/step-N/   the encoder during training   checkpoints/   kept until the run is finished
 
 Stage I is the training of a network that the run then uses as a teacher, or whose weights it starts
@@ -48,7 +48,8 @@ class Run:
         file = self.folder / "config.json"
         try:
             values = json.loads(file.read_text())
-            # In version 0.1.0, "auto" meant what "measure" means now.
+            # After version 0.1.0, config.json never contains "auto" (see `settle` in
+            # training/engine.py). In version 0.1.0, "auto" meant what "measure" means now.
             if values.get("mixed_precision") == "auto":
                 values["mixed_precision"] = "measure"
             task = {"task": values.pop("task")} if "task" in values else {}

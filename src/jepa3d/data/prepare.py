@@ -33,7 +33,7 @@ Attribute = Literal["normals", "colors", "parts"]
 class Preparation:
     """Settings of a store.
 
-    They are saved in the store. More clouds can be added to the store only with the same settings.
+    The settings are saved in the store, and clouds can be added later only with equal settings.
     """
 
     points: int | None = 2048  # number of points of each cloud; None keeps all points
@@ -65,9 +65,9 @@ def prepare(
 
     source: a folder, file or archive, or procedural:COUNT. If the store exists, complete or not,
     only the clouds that it lacks are added. A folder of few-shot folds becomes one store per fold
-    in the folder `out`. workers: number of processes, 0 for one per core. strict: stop at the first
-    cloud that cannot be used. Returns the paths of the stores. Raises ValueError for wrong
-    arguments, if no cloud can be used, or if another command is writing to `out`.
+    in the folder `out`. workers: number of processes, 0 for one per core. strict: stop with an
+    error at the first cloud that cannot be used. Returns the paths of the stores. Raises ValueError
+    for wrong arguments, if no cloud can be used, or if another command is writing to `out`.
     """
     _check(options, workers)
     if not source.exists() and not procedural.count_of(source):
@@ -230,7 +230,7 @@ class _Report:
 
     source: Source  # its lists `notes` and `skipped` grow while clouds are converted
     points: int  # number of points of each cloud; 0 if all points are kept
-    taken: Counter[str] = field(default_factory=Counter)  # number of clouds by suffix
+    taken: Counter[str] = field(default_factory=Counter)  # number of clouds by file suffix
     fewer: int = 0  # number of clouds with too few points, which were filled up
     # numbers of stray points and of NaN points that were left out, by key
     strays: Counter[str] = field(default_factory=Counter)

@@ -322,8 +322,8 @@ def _models(folder: Path) -> tuple[dict, dict[str, PointEncoder | DVAE]]:
     """Load a finished run's config and, by name, the networks to compare.
 
     If `folder` is not a run but an encoder, as in `jepa3d.load`, the config has only the sizes of
-    the encoder, seed 0 and no data. Raises ValueError if the folder is a fine-tuning run, or an
-    unfinished run.
+    the encoder, seed 0 and no data. Raises ValueError if the folder is a run of another command
+    than `jepa3d pretrain`, or an unfinished run.
     """
     if not Run.is_at(folder):
         encoder = load_encoder(str(folder))
@@ -350,9 +350,10 @@ def _models(folder: Path) -> tuple[dict, dict[str, PointEncoder | DVAE]]:
 def summarise(rows: list[dict], protocols: tuple[str, ...]) -> dict:
     """Average over runs: returns model -> protocol -> mean and sample std of the overall accuracy.
 
-    A protocol's entry "mean_class_accuracy" has the mean and std of that metric. Besides
-    the models, the result has a key "gain" with the same entries: the accuracy of each run's
-    pretrained encoder minus that of its untrained encoder, as mean and std over runs.
+    A protocol's entry "mean_class_accuracy" has the mean and std of that metric. If there are
+    pretrained encoders, the result has a key "gain" besides the models, with the same entries: the
+    accuracy of each run's pretrained encoder minus that of its untrained encoder, as mean and std
+    over runs.
     """
     table: dict[str, dict] = {}
     for protocol, key in product(protocols, ("accuracy", "mean_class_accuracy")):

@@ -51,7 +51,8 @@ class TokenDGCNN(nn.Module):
     """Apply four EdgeConvs, all with the same neighbours, then one linear layer to the concatenated
     outputs of all four (Yu et al. 2022).
 
-    The layers' widths are multiples of `dim`. The output is normalised over the tokens of each
+    Before the EdgeConvs, a linear layer changes the tokens' width from `in_dim` to `dim`. The
+    EdgeConvs' widths are multiples of `dim`. The output is normalised over the tokens of each
     cloud (GroupNorm, as in Yu et al.) or, with `over_batch`, over all tokens of the batch
     (BatchNorm).
     """
@@ -146,7 +147,8 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
     Raises ValueError if `group_size` is not a multiple of 4, or if the ViT cannot be loaded.
     """
 
-    # An older config.json lacks this setting; a dVAE loaded from it has this value.
+    # If an older config.json lacks the setting `expected_code`, the dVAE is loaded with the value
+    # below.
     BEFORE: ClassVar = {"expected_code": False}
 
     def __init__(

@@ -112,9 +112,9 @@ def load_module(path: str, known: Iterable[str] = ()) -> DVAE | PointEncoder:
     """Load an encoder or a dVAE.
 
     path: the folder of a run, a folder written by `save_pretrained`, a Hub id, or "default" for the
-    encoder that comes with the package. known: other values that are valid where the user gave
-    `path`; the error message for a misspelt value may suggest one of them. Raises ValueError if no
-    network can be loaded.
+    encoder that comes with the package. known: the values that a setting may have instead of a
+    path; if `path` looks like a misspelling of one of them, the error message suggests that value.
+    Raises ValueError if no network can be loaded.
     """
     if path == "default":
         path = str(DEFAULT)

@@ -21,7 +21,7 @@ from jepa3d.ops import BatchGenerator, uniform_scalar
 
 class InvarianceOutput(NamedTuple):
     loss: Tensor  # scalar
-    invariance: Tensor  # mean squared difference between a view and the mean of the global views
+    invariance: Tensor  # mean squared difference of embeddings from the mean of the global views
     regularizer: Tensor  # VICReg's variance and covariance terms, weighted; or SIGReg, unweighted
     embedding: Tensor  # V B E: V views, the global views first
     encoded: Tensor  # n C, the encoder's output for all tokens of the first view
@@ -29,7 +29,7 @@ class InvarianceOutput(NamedTuple):
 
 class Invariance(nn.Module):
     """Train the encoder to give the same embedding to global views (the whole cloud) and partial
-    views (a ball cut out of the cloud).
+    views (crops: the points inside a ball).
 
     Each view is augmented independently, encoded, pooled and projected.
     """
@@ -93,8 +93,9 @@ class Invariance(nn.Module):
             w_invariance, w_variance, w_covariance = settings.vicreg
             terms = [torch.stack(variance_covariance(view)) for view in embedding]
             variance, covariance = torch.stack(terms).mean(0)
-            # The factor is 2 because the published loss adds the covariance terms of two views, but
-            # `covariance` is a mean over views.
+            # The factor is 2 because VICReg's published code adds the covariance terms of its two
+            # views, but `covariance` is a mean over views. (The published code averages the
+            # variance terms, so `variance` needs no such factor.)
             regularizer = w_variance * variance + 2 * w_covariance * covariance
             # The factor is 4 because the published loss has the squared distance between two views,
             # which is 4 times the squared distance from either view to their mean.

@@ -1,8 +1,8 @@
 """CUDA graphs: record the forward and backward pass of a step once, then let the GPU replay the
 recording with one launch instead of two thousand.
 
-Without a graph, the GPU waits for the host: for a step of the paper's run, an H200 computes for
-17 ms, and the host needs 50 ms to launch the operations (docs/performance.md).
+Without a graph, the GPU waits for the host: for a step with the paper's encoder, an H200 computes
+for 17 ms, and the host needs 50 to 90 ms to launch the operations (docs/performance.md).
 """
 
 from collections.abc import Callable

@@ -93,8 +93,8 @@ def check_unchanged(config: Any, out: Path) -> None:
 def read_by(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that a run uses.
 
-    If the run's objective is the dVAE, the autoencoder or invariance (`STAGE_ONE`), it uses neither
-    the settings of 3D-JEPA nor those of the other two.
+    If the run's objective is "dvae", "generative" or "invariance" (`STAGE_ONE`), the run uses
+    neither the settings of 3D-JEPA nor those of the other two of these objectives.
     """
     objective = settings.get("objective", "jepa")
     if objective not in STAGE_ONE:
@@ -209,9 +209,9 @@ def finish(
 
     result: the protocol, data, selection, metrics (in per cent, on the test split), validation
     (metrics on the validation split, or None), details (by class, category or fold), and the
-    settings that `jepa3d results` uses to tell arms apart, such as the fraction of labels. This
-    function adds the origin of the encoder, and the run's task, seed, votes, cost, command,
-    versions and machine.
+    settings by which `jepa3d results` groups runs, such as the fraction of labels. This function
+    adds the origin of the encoder, and the run's task, seed, votes, cost, command, versions and
+    machine.
     """
     record, config = Run(out).record, Run(out).config
     if result:
