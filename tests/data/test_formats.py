@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from jepa3d.data import cloud as clouds
 from jepa3d.data import io
+from jepa3d.data.errors import as_read_error
 from jepa3d.data.io import ReadError, read, sampled
 
 h5py, laspy = pytest.importorskip("h5py"), pytest.importorskip("laspy")
@@ -332,3 +333,12 @@ def test_a_ply_whose_header_never_ends_is_refused(tmp_path):
 def test_names_within_a_file_cannot_break_the_line(tmp_path):
     np.savez(tmp_path / "a.npz", **{"po\nints": POINTS})
     assert "po?ints" in refusal(tmp_path / "a.npz")
+
+
+def test_an_error_of_any_kind_becomes_one_line_that_names_the_file():
+    class Damaged(Exception):
+        """The error of somebody's reader."""
+
+    with pytest.raises(ReadError) as caught, as_read_error(Path("a.rec")):
+        raise Damaged("no header\nin block 3")
+    assert str(caught.value) == "a.rec: damaged or not a REC file (no header)"

@@ -262,6 +262,10 @@ def test_texts_of_hdf5_are_classes(tmp_path):
         file["data"] = np.random.default_rng(0).normal(size=(4, 30, 3))
         file.create_dataset("label", data=["cup", "bowl"] * 2, dtype=h5py.string_dtype())
     assert [entry.label for entry in discover(tmp_path / "a.h5").entries] == ["cup", "bowl"] * 2
+    with h5py.File(tmp_path / "a.h5", "r+") as file:
+        file["label"][1] = "b" * 100_000
+    with pytest.raises(ReadError, match=r"a\.h5: label holds a text of over 1,000 characters"):
+        discover(tmp_path / "a.h5")
 
 
 def test_an_array_whose_points_come_last_is_refused(tmp_path):

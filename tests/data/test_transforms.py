@@ -154,3 +154,5 @@ def test_few_points_are_filled_up_as_the_frame_fills_one_cloud():
     want = np.stack([frame.fill(cloud, 700)[0] for cloud in points.numpy()])
     assert np.allclose(filled, want, atol=1e-6)
     assert torch.equal(fill(points, 130), points)
+    few = frame.fill(points[0, :5].numpy(), 40)[0]  # more rounds of copies than neighbours
+    assert np.allclose(fill(points[:1, :5], 40)[0], few, atol=1e-6)

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -16,7 +17,7 @@ from jepa3d.inference.lance import VectorStore, create_or_update
 from jepa3d.inference.neighbours import percentile, random_cosines
 from jepa3d.inference.search import query_vectors, search
 from jepa3d.inference.spec import EmbeddingSpec
-from jepa3d.inference.vectors import Vectors, table, write
+from jepa3d.inference.vectors import Vectors, table, with_errors, write
 from jepa3d.models.encoder import PointEncoder
 
 RNG = np.random.default_rng(0)
@@ -390,6 +391,19 @@ def test_a_damaged_row_group_is_named_by_its_file(tmp_path):
     file.write_bytes(content)
     with pytest.raises(ReadError, match=r"v\.parquet: damaged"):
         search(file, X[0])
+
+
+def test_a_damaged_column_of_errors_is_named_by_its_file(tmp_path):
+    file = tmp_path / "v.parquet"
+    write([with_errors(rows(np.ones(500, bool)), [("x.ply", "damaged")])], file)
+    group = pq.ParquetFile(file).metadata.row_group(0)
+    column = group.column(group.num_columns - 1)
+    assert column.path_in_schema == "error"
+    content, begin = bytearray(file.read_bytes()), column.data_page_offset
+    content[begin : begin + 8] = bytes(8)
+    file.write_bytes(content)
+    with pytest.raises(ReadError, match=r"v\.parquet: damaged"):
+        Vectors(file)
 
 
 def test_vectors_of_zero_length_are_never_found(tmp_path):

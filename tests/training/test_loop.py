@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -170,6 +171,12 @@ def test_a_signal_saves_and_resume_finishes_as_if_nothing_happened(tiny, tmp_pat
     assert 5 <= stopped_at < 60
     pretrain(config, run, resume=True)
     assert same(weights(pretrain(config, tmp_path / "whole")), weights(run))
+
+
+def test_a_run_in_a_thread_trains_as_in_the_main_thread(tiny, tmp_path):
+    with ThreadPoolExecutor(1) as threads:
+        run = threads.submit(pretrain, tiny(max_steps=3), tmp_path / "a").result()
+    assert same(weights(run), weights(pretrain(tiny(max_steps=3), tmp_path / "b")))
 
 
 def die_in_the_middle_of_step_4():

@@ -215,8 +215,8 @@ def scene(
     Parameters
     ----------
     scan: Path
-        A LAS, LAZ, PLY or NPY file, or a table (XYZ, TXT, CSV, PTS), of any size. Files of other
-        formats must fit into memory.
+        A LAS, LAZ, PLY, PTX or NPY file, or a table (XYZ, TXT, CSV, PTS, ASC), of any size. Files
+        of other formats must fit into memory.
     out: Path
         The file to write. .ply, .las or .laz: the scan's points in their order, with colours that
         show the features. .parquet: the features themselves.

@@ -23,6 +23,7 @@ ARRAY_SUFFIXES = (".npy", ".npz", ".h5", ".hdf5")
 _BLOCK = 256  # number of clouds that are read from a file at once
 # the arrays of a file may unpack to 50 times the file's size, or to 256 MiB if that is more
 _UNPACK_LIMIT = 50, 1 << 28
+_MAX_TEXT = 1000  # number of characters of a label or name in an HDF5 file
 # meaning -> names that an array with this meaning may have; if several are present, the first of
 # these names is used
 _NAMES = {
@@ -292,7 +293,11 @@ def _read(path: Path, names: dict[str, str], rows: slice) -> dict[str, np.ndarra
                 # HDF5 never compresses strings of variable length, so no size needs a check
                 if h5py.check_string_dtype(data.dtype) is None:
                     raise ReadError(f"{name} holds values of varying length, not numbers")
-                found[key] = data.asstr()[rows].astype(str)
+                texts = data.asstr()[rows]
+                # an array of numpy has room for the longest text in every cell
+                if max(map(len, texts.flat), default=0) > _MAX_TEXT:
+                    raise ReadError(f"{name} holds a text of over {_MAX_TEXT:,} characters")
+                found[key] = texts.astype(str)
                 continue
             # gzip compresses by a factor of at most 1032, so 1100 is a safe limit
             check_claim(path, data.nbytes, 1100)

@@ -101,15 +101,14 @@ def random_view(points: Tensor, num_points: int, generator: BatchGenerator) -> T
 def fill(points: Tensor, num_points: int) -> Tensor:
     """Fill clouds [B, n, 3] up to [B, num_points, 3] with moved copies of their points.
 
-    This is `frame.py::fill` for batches. Unlike that function, it needs a cloud of more points than
-    rounds of copies: n must be larger than (num_points - 1) // n.
+    This is `frame.py::fill` for batches of clouds with at least two points.
     """
     count = points.shape[1]
     if count == num_points:
         return points
     extra = torch.arange(num_points - count, device=points.device)
     turn, row = extra // count, extra % count
-    k = (num_points - 1) // count
+    k = min((num_points - 1) // count, count - 1)
     copied = points[:, : min(count, num_points - count)]
     nearest = squared_distance(copied, points).topk(k + 1, largest=False).indices
     source = points[:, row]

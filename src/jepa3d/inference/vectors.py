@@ -153,7 +153,7 @@ def _naming(file: Path, problem: str = "damaged") -> Iterator[None]:
 
 def _count(file: Path) -> int:
     """Count the rows that have a vector."""
-    with pq.ParquetFile(file) as opened:
+    with _naming(file), pq.ParquetFile(file) as opened:
         if "error" in opened.schema_arrow.names:
             return opened.read(["error"])["error"].null_count
         return opened.metadata.num_rows

@@ -136,7 +136,7 @@ class Comparison:
             f"seeds {', '.join(map(str, grid.seeds))}; {equal}; {rule}",
             "scores, except after fine-tuning, are of frozen vectors, [mean ; max] of the last layer. 10 labels a "
             "class: logistic regression, mean of 10 samples of labels. kNN: 10 neighbours. "
-            "Both use vectors standardised by the train split. mAP, "
+            "Both standardise the vectors by the train shapes to which they are fitted. mAP, "
             "nearest neighbour: each scored shape is compared with all others, by vectors that are not standardised",
             "other arms: difference from the reference, paired by seed and by shape, with a 95 % interval over seeds "
             "and shapes (evaluation/paired.py). A row is better if its whole interval lies above 0, worse if below. "

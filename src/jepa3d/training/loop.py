@@ -7,6 +7,7 @@ uninterrupted run.
 import math
 import signal
 import sys
+import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -330,10 +331,13 @@ def stop_requested(accelerator: Accelerator, signals: list, step: int) -> bool:
 @contextmanager
 def _stop_signals():
     """Yield a list that collects SIGINT and SIGTERM. A second signal of the same kind has its usual
-    effect.
+    effect. In other threads than the main one, all signals have their usual effect.
     """
     received: list[int] = []
     names = (signal.SIGINT, signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # Python allows only the main thread to handle signals
+        return
     handlers = {name: signal.getsignal(name) for name in names}
 
     def receive(number, frame) -> None:
