@@ -1,4 +1,4 @@
-"""Draws pictures, among them pictures like the paper's figures 1, 4, 6 and 7.
+"""Draw pictures, some of them like figures 1, 4, 6 and 7 of the 3D-JEPA paper (docs/method.md).
 
 The package's extra `view` must be installed. The argument `path` of a function is the file to
 write: a path, or a binary file that is open for writing.
@@ -141,8 +141,8 @@ def draw_curves(run: Path, path: Target, selected: str = "validation") -> None:
 
     The losses include those of two baselines: predictions from positions alone, and the best
     constant prediction. The panel of effective ranks also shows the perplexity of a dVAE's codes.
-    selected: the legend's text for the score by which the epoch is chosen. Raises ValueError if the
-    run has not logged any step.
+    selected: the legend's text for the logged score by which fine-tuning chose the epoch whose
+    weights it kept. Raises ValueError if the run has not logged any step.
     """
     ranks = [f"{x}_rankme" for x in ("prediction", "target", "embedding", "encoded")]
     losses = ("loss", "position_loss", "constant_loss", "reconstruction")
@@ -183,7 +183,9 @@ def draw_learning_curves(curves: list[Curve], path: Target, title: str) -> None:
             std = curve.accuracy.std(0, ddof=1)
             band = {"color": line.get_color(), "alpha": 0.15, "lw": 0}
             axes.fill_between(minutes, accuracy - std, accuracy + std, **band)
-    axes.set(xlabel="CPU-minutes, stage I included", ylabel="accuracy, %", title=title)
+    axes.set(
+        xlabel="CPU-minutes, including the training of teachers", ylabel="accuracy, %", title=title
+    )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path)
@@ -281,8 +283,8 @@ def _pixels(points: np.ndarray, size: int) -> np.ndarray:
 def _caption(title: str, width: int = 28, lines: int = 3) -> str:
     """Wrap a title to at most `lines` lines of `width` characters.
 
-    The middle of a longer title is left out. Only three quarters of the space are filled, since
-    lines break before they are full.
+    If a title is longer than three quarters of this space, its middle is left out. The rest of the
+    space is reserved, since lines break between words and so are not full.
     """
     wrapped = textwrap.wrap(shortened(title, width * lines * 3 // 4), width)
     return _text("\n".join(wrapped[:lines]))

@@ -274,7 +274,7 @@ def compare(
         A YAML file with the configurations (arms), the seeds, and the arm that is the reference:
         see docs/protocols.md and recipes/compare/.
     data: tuple[str, ...]
-        Training data, whose labels are not used; by default the data in the grid.
+        Training data; by default the data in the grid. Training does not use their labels.
     score: tuple[str, ...]
         Labelled shapes with a train and a test split, on which the encoders are scored; by default
         the training data.

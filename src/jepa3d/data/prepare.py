@@ -38,8 +38,8 @@ class Preparation:
 
     points: int | None = 2048  # number of points of each cloud; None keeps all points
     reduce: Literal["fps", "random", "voxel"] = "fps"
-    # a cloud with fewer than `points` points is left out (skip), or filled up with moved copies of
-    # its points (repeat)
+    # a cloud with fewer than `points` points is left out (skip), or filled up with copies of its
+    # points that are moved a little, see `frame.py::fill` (repeat)
     short: Literal["skip", "repeat"] = "repeat"
     # up axis in the files; None means the axis that the benchmark or format defines, or else z
     up_axis: Literal["x", "y", "z"] | None = None
@@ -65,9 +65,12 @@ def prepare(
 
     source: a folder, file or archive, or procedural:COUNT. If the store exists, complete or not,
     only the clouds that it lacks are added. A folder of few-shot folds becomes one store per fold
-    in the folder `out`. workers: number of processes, 0 for one per core. strict: stop with an
-    error at the first cloud that cannot be used. Returns the paths of the stores. Raises ValueError
-    for wrong arguments, if no cloud can be used, or if another command is writing to `out`.
+    in the folder `out`. workers: number of processes, 0 for one per core. strict: stop at the first
+    cloud that cannot be used. Returns the paths of the stores.
+
+    Raises ReadError if the source is missing, if no cloud can be used and, with `strict`, at the
+    first such cloud. Raises ValueError for wrong arguments, or if another command is writing to
+    `out`.
     """
     _check(options, workers)
     if not source.exists() and not procedural.count_of(source):
@@ -154,8 +157,8 @@ def convert(entry: Entry, options: Preparation) -> tuple[Arrays, Row]:
     """Read the cloud of an entry, and convert it for a store.
 
     Returns the arrays of the cloud (points and attributes) and its row in the store's index. The
-    row still lacks label and split; it has additional values, which only `_Report.add` reads.
-    Raises ReadError.
+    row still lacks label and split. Its values `part`, `unseen`, `count` and `strays` are only for
+    `_Report.add`. Raises ReadError.
     """
     cloud = entry.read()
     faces = b"" if cloud.faces is None else cloud.faces.tobytes()
@@ -295,5 +298,5 @@ def _show_lacking(store: Store) -> None:
     train, test = (split == SPLITS.index(name) for name in ("train", "test"))
     found = lacking(labels, train, test, store.class_names)
     if train.any() and test.any() and found:
-        alone = "classes in one split only, left out by training and testing"
+        alone = "classes that train or test lacks, left out by training and testing"
         log.info(f"{alone}: {', '.join(found)}")

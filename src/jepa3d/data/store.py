@@ -121,19 +121,19 @@ class Store:
         """
         path = self.path / self.header["shards"][index]["file"]
         size = path.stat().st_size if path.is_file() else 0
-        if index not in self._open:
+        # Threads need no lock, since each has its own reference to the arrays that it reads.
+        opened = self._open.get(index)
+        if opened is None:
             try:
-                self._open[index] = size, _map_safetensors(path)
+                opened = self._open[index] = size, _map_safetensors(path)
             except (OSError, ValueError, KeyError) as error:
                 raise ReadError(f"{path}: not a readable shard ({error})") from error
-        size_at_opening, found = self._open[index]
+        size_at_opening, found = opened
         if size < size_at_opening:
             # reading the missing pages would crash the process
             raise ReadError(f"{path}: was deleted or cut off while it was read")
-        # Close the shard that was opened first. There is no lock, since another thread hardly ever
-        # needs this shard at the same moment.
-        if len(self._open) > 64:
-            self._open.pop(next(iter(self._open)))
+        if len(self._open) > 64:  # forget the shard that was opened first
+            self._open.pop(next(iter(self._open)), None)
         return found
 
     def _span(self, row: int) -> tuple[int, slice]:

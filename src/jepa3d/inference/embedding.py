@@ -1,5 +1,5 @@
-"""Compute the vectors of clouds in memory: `jepa3d.embed` takes arrays or files, `jepa3d.Embedder`
-takes batches of paths.
+"""Compute the vectors of clouds and return them, without writing a file: `jepa3d.embed` takes arrays
+or files, `jepa3d.Embedder` takes batches of paths.
 """
 
 import warnings
@@ -124,7 +124,7 @@ def _whole_cloud(points: np.ndarray | Tensor) -> PointCloud:
     """Turn an array into a cloud. Raises ReadError if a coordinate is not finite."""
     cloud = PointCloud.make(as_array(points))
     if cloud.unseen:
-        raise ReadError("has NaN or infinite coordinates")
+        raise ReadError("has NaN coordinates")
     return cloud
 
 

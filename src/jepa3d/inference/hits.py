@@ -11,7 +11,8 @@ from jepa3d.inference.vectors import pa, pc
 
 # columns of an index on which a condition can be set
 COLUMNS = ("path", "label", "num_points")
-# twice the largest rounding error of a cosine in float32, in whichever order its terms are added
+# Two cosines that were computed in float32 and differ by less than this may be in the wrong order:
+# it is twice the largest rounding error of a cosine, in whichever order its terms are added.
 SLACK = 1e-5
 _COMPARE = {
     "=": pc.equal,

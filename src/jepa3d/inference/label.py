@@ -115,7 +115,7 @@ def label(
     else:
         log.info(f"{named}: {100 * estimate:.1f} % correct, cross-validated")
     if unknown:
-        expected = "about 1 in 20 clouds of named classes is among them"
+        expected = "of the clouds that belong to named classes, about 1 in 20 is called so wrongly"
         log.info(f"{unlike.sum():,} clouds are called unknown; {expected}")
     written = f"{out / 'labels.csv'}, {len(x):,} clouds, least certain first"
     log.info(f"written: {written}; to label other clouds, run: jepa3d predict {out}")

@@ -244,9 +244,9 @@ def cosine_loss(prediction: Tensor, target: Tensor, unit: str = "token") -> Tens
     """Compute the mean over blocks of 1 - cos(prediction, target): the equation in the paper's
     section III-E, with its sign corrected.
 
-    prediction, target: [B, A, T, E], or vectors [B, E] if `unit` is "token". unit: "token" takes
-    the cosine of each token and averages over the block; "block" concatenates the tokens of a block
-    and takes one cosine.
+    prediction, target: tokens [B, A, T, E]. unit: "token" takes the cosine of each token and
+    averages over the block; "block" concatenates the tokens of a block and takes one cosine. With
+    "token", prediction and target may also be vectors [B, E].
     """
     if unit == "block":
         prediction, target = prediction.flatten(-2), target.flatten(-2)

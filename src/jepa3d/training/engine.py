@@ -85,8 +85,9 @@ def compile_blocks(objective: nn.Module) -> None:
     """Compile each transformer block with `torch.compile`. A compiled block takes batches and
     token sequences of any size. The names of the weights stay the same.
     """
-    # A block may be compiled up to 64 times. This is enough for the blocks of teacher, student and
-    # decoder, for padded and unpadded inputs, in two precisions.
+    # The number of times that torch may compile the same code. All blocks of a class share their
+    # code, so 64 is enough for the blocks of teacher, student and decoder, for padded and unpadded
+    # inputs, in two precisions.
     torch._dynamo.config.recompile_limit = 64
     for module in objective.modules():
         if isinstance(module, Block | ContextAwareBlock):
@@ -203,8 +204,8 @@ def trial(task: Any, clouds: PointClouds, config: RunConfig, hows: list[How]) ->
                 loss.item()  # wait for the device
             # There may be no compiler, or no kernel for this precision.
             except RuntimeError as error:
-                # If one of several processes left out a combination that works in the others, the
-                # others would wait for this process forever.
+                # The passes exchange statistics of the batch between processes. If one process left
+                # out a combination that works in the others, the others would wait for it forever.
                 if len(copies) == 1 or state.num_processes > 1:
                     raise
                 log.info(f"trial of {named(*how)} failed: {str(error).splitlines()[0]}")

@@ -62,8 +62,8 @@ class Progress:
     ):
         self.path, self.total = path, total
         self.batch_size, self.shown = batch_size, shown
-        # start_clock: `clock()` at the start of `fit`, before the trials that choose the precision
-        # and whether to compile
+        # start_clock: `clock()` at the start of `loop.py::fit`, before engine.py tries which
+        # precision is faster and whether compiling helps
         self.start_state, self.start_clock = dict(state), start_clock
         self.last_metrics: dict[str, float] = {}
         # Seconds per step, averaged over the steps since the previous log.
