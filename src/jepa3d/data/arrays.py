@@ -20,10 +20,15 @@ from jepa3d.data.store import SPLITS
 from jepa3d.plain import printable
 
 ARRAY_SUFFIXES = (".npy", ".npz", ".h5", ".hdf5")
-_BLOCK = 256  # number of clouds that are read from a file at once
-# the arrays of a file may unpack to 50 times the file's size, or to 256 MiB if that is more
+# The clouds of an NPY or HDF5 file are read in blocks of this many clouds. The last blocks are
+# cached (`array_block`), so a compressed file is not unpacked again for each of its clouds.
+_BLOCK = 256
+# Limit on what a damaged or malicious file can unpack to: 50 times the file's size, or 256 MiB if
+# that is more. For an NPZ, the limit is on all arrays together that are read; for an HDF5 file, it
+# is on each array.
 _UNPACK_LIMIT = 50, 1 << 28
-_MAX_TEXT = 1000  # number of characters of a label or name in an HDF5 file
+# largest number of characters of a label or name in an HDF5 file; `_read` says why it is limited
+_MAX_TEXT = 1000
 # meaning -> names that an array with this meaning may have; if several are present, the first of
 # these names is used
 _NAMES = {
@@ -54,10 +59,13 @@ def facts_in(path: Path, labels_key: str = "labels", *more: str) -> dict[str, An
 
     labels_key: name of the labels array; the default "labels" stands for any of the names in
     `_NAMES["label"]`. more: further arrays to return, "points" or "parts". Raises ReadError, also
-    if labels_key is another name than "labels" and no array has this name. The keys of the dict:
+    if labels_key is another name than "labels" and no array has this name. Apart from the names in
+    `more`, the keys of the dict are:
 
     - label: array [n] int64 for n clouds; -1 means no label
-    - class_names: texts; () if the file has labels but does not name the classes
+    - class_names: texts; () if the file has labels but does not name the classes. If the labels are
+      texts, these are the names. If they are numbers, only an NPZ can name them: in an array
+      class_names, or in X_names if labels_key is labels_X or X.
     - split: array [n] of integers, indices into SPLITS
     - names: texts, normally one per cloud (NPZ only)
     - part_names: texts (NPZ only)
@@ -134,7 +142,8 @@ def _headers(path: Path) -> Headers:
     found: Headers = {}
     wanted = set().union(*_NAMES.values())
     with io_module("h5py").File(path, "r") as file:
-        # iterating over a file gives names only; arrays without a known name are not opened
+        # Iterating over a file gives names only. Arrays without a known name are not opened. They
+        # are listed without shape and type, since an error message may list all names.
         for name in file:
             found[name] = (), np.dtype("V")
             if name in wanted:
@@ -146,7 +155,8 @@ def _headers(path: Path) -> Headers:
 def npz_headers(path: Path) -> Headers:
     """Read the shape and type of every array in an NPZ.
 
-    Raises ReadError if a header claims more bytes than the file has for this array.
+    Raises ReadError if a header claims more bytes than the file has for this array. For other
+    damage, an error of numpy or zipfile is raised.
     """
     found = {}
     with zipfile.ZipFile(path) as archive:
@@ -294,12 +304,14 @@ def _read(path: Path, names: dict[str, str], rows: slice) -> dict[str, np.ndarra
                 if h5py.check_string_dtype(data.dtype) is None:
                     raise ReadError(f"{name} holds values of varying length, not numbers")
                 texts = data.asstr()[rows]
-                # an array of numpy has room for the longest text in every cell
+                # a numpy array of texts has room for the longest text in every cell, so a single
+                # long text would make it huge
                 if max(map(len, texts.flat), default=0) > _MAX_TEXT:
                     raise ReadError(f"{name} holds a text of over {_MAX_TEXT:,} characters")
                 found[key] = texts.astype(str)
                 continue
-            # gzip compresses by a factor of at most 1032, so 1100 is a safe limit
+            # gzip compresses by a factor of at most 1032; a header that claims more than 1100 times
+            # the size of the file is damaged
             check_claim(path, data.nbytes, 1100)
             share = len(range(*rows.indices(len(data)))) / max(1, len(data))
             chunk = _bytes((data.chunks or (), data.dtype))
@@ -311,7 +323,8 @@ def _read(path: Path, names: dict[str, str], rows: slice) -> dict[str, np.ndarra
 def read_array(path: Path, row: int | None) -> PointCloud:
     """Read a file that is one cloud, or the cloud at `row` of a file of many clouds.
 
-    Raises ReadError.
+    Normals and part labels are left out if their shape does not fit the points. Raises ReadError.
+    Some damage raises an error of numpy, zipfile or h5py; `io.py::read` turns it into a ReadError.
     """
     mtime, count = path.stat().st_mtime_ns, clouds_in(path)
     if count is None:
@@ -336,7 +349,11 @@ def read_array(path: Path, row: int | None) -> PointCloud:
 
 
 def npy_rows(path: Path) -> Iterator[np.ndarray]:
-    """Yield the points of an NPY in chunks, arrays [n, 3] float64. Raises ReadError."""
+    """Yield the points of an NPY in chunks, arrays [n, 3] float64.
+
+    Raises ReadError if the array cannot be an array of points, and numpy's ValueError for a damaged
+    file.
+    """
     values = np.load(path, mmap_mode="r", allow_pickle=False)
     check_shape(values)
     for at in range(0, len(values), clouds.CHUNK):

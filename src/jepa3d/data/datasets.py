@@ -1,9 +1,9 @@
 """Load shapes from any source and convert them to one standard form, as `PointClouds`.
 
 In the standard form, coordinates are float32 in the unit sphere, z is up, and all shapes have the
-same number of points. These points are chosen by farthest point sampling (section IV-A of the
-paper) when a shape is loaded, never in a training step. For a store that is read on demand (each
-cloud when it is used), they were chosen when the store was prepared.
+same number of points. These points are chosen by farthest point sampling (section IV-A of the paper
+of 3D-JEPA) when a shape is loaded, never in a training step. For a store that is read on demand
+(each cloud when it is used), they were chosen when the store was prepared.
 """
 
 import hashlib
@@ -27,12 +27,13 @@ class PointClouds:
 
     name: str
     # identifies the data: for a store, sha256 of the list of shards in its header
-    # (`Store.fingerprint`); for an .npz file, sha256 of the file; for other sources, sha256 of the
-    # points; for several sources, sha256 of their fingerprints
+    # (`Store.fingerprint`); for an .npz bundle (an .npz file of many clouds, [n, N, 3]), sha256 of
+    # the file; for other sources, sha256 of the points; for several sources, sha256 of their
+    # fingerprints
     fingerprint: str
     # [n, N, 3] float32. After load(raw=True), shapes may have different numbers of points, so
-    # they are an object array [n] of arrays [N_i, 3]. Exceptions are "synthetic", .npz bundles, and
-    # stores that are read on demand.
+    # they are an object array [n] of arrays [N_i, 3]. But "synthetic", .npz bundles, and stores
+    # that are read on demand give [n, N, 3] even then, since all of their shapes have N points.
     points: np.ndarray | StoredPoints
     labels: np.ndarray | None = None  # [n] int64; None if any shape has no label
     class_names: tuple[str, ...] = ()
@@ -97,7 +98,8 @@ def load(
     an .npz bundle. limit: largest number of shapes to read from each source. raw: keep the points
     as in the source, that is, neither sample nor normalise them; this has no effect on a store that
     is read on demand. parts: also read part labels, which is possible for a single source only.
-    Raises ValueError or its subclass ReadError.
+    Raises ValueError for arguments that do not fit, and its subclass ReadError for a source that
+    cannot be used or has no shapes in the split.
     """
     sources, axes = list(sources), list(up_axis)
     if len(axes) not in (1, len(sources)):
@@ -149,9 +151,9 @@ def _read(
 ) -> tuple[np.ndarray, np.ndarray | None, str]:
     """Read the shapes at `rows`; returns points in the standard form, part labels and a digest.
 
-    raw: keep the points as in the source. Clouds that are read one by one may then have different
-    numbers of points, so they are returned as an object array. The digest is a sha256 of the points
-    as in the source. If the source has a fingerprint, the digest is not used.
+    raw: keep the points as in the source. Clouds that are read one by one (`Shapes.batch` is 1) may
+    then have different numbers of points, so they are returned as an object array. The digest is a
+    sha256 of the points as in the source. If the source has a fingerprint, the digest is not used.
     """
     digest, clouds, part_labels, unseen = hashlib.sha256(), [], [], 0
     starts = range(0, len(rows), shapes.batch)

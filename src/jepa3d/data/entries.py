@@ -22,7 +22,7 @@ from jepa3d.data.io import read
 from jepa3d.data.store import SPLITS
 from jepa3d.plain import log, printable
 
-# split -> names of folders that hold this split
+# split -> names of folders that hold this split, separated by spaces
 _NAMES = {
     "train": "train training",
     "test": "test testing",
@@ -69,7 +69,7 @@ class Source:
     def unpublished(self) -> bool:
         """True for a user's own files, False for a benchmark and for procedural shapes.
 
-        Stray points are removed from a user's own files only.
+        Stray points (see `frame.py::without_strays`) are removed from a user's own files only.
         """
         return self.layout in ("folder", "file")
 
@@ -105,7 +105,7 @@ def entries_of(
 def split_of(name: str) -> str | None:
     """Return the split that the name of a folder means, or None if the name means no split.
 
-    Upper and lower case make no difference.
+    Upper and lower case make no difference, nor do the prefixes and suffixes in `_ADDED`.
     """
     return SPLIT_OF.get(_ADDED.sub("", name.lower()))
 
@@ -167,10 +167,11 @@ def divide(entries: list[Entry], split: str, seed: int) -> list[Entry]:
     """Return the entries with their splits set.
 
     split: "folder" keeps the splits of the source. A fraction puts this share of each class into
-    the test split: at least one cloud, but never all; a class of one cloud stays in train. A path
-    names a file that lists the keys of the test clouds. With a fraction or a list, all other clouds
-    are in the train split. Raises ValueError for a fraction that is not between 0 and 1, and for a
-    list that is missing or names a cloud that is not in `entries`.
+    the test split: at least one cloud, but never all; a class of one cloud stays in train. Clouds
+    without a class count as one class. seed: for the random choice of test clouds. A path names a
+    file that lists the keys of the test clouds. With a fraction or a list, all other clouds are in
+    the train split. Raises ValueError for a fraction that is not between 0 and 1, and its subclass
+    ReadError for a list that is missing or names a cloud that is not in `entries`.
     """
     if split == "folder":
         without = [entry for entry in entries if entry.split is None]

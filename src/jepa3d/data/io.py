@@ -92,8 +92,9 @@ def chunks(path: Path, tell: Callable[[int], None] = lambda unseen: None) -> Ite
 
     The points have the order and the coordinates of the file. LAS, LAZ, NPY, PTX, tables and most
     PLY files need memory for one chunk only; all other files are read whole. tell: called at the
-    end with the number of NaN points. Raises ReadError, also for infinite coordinates and for
-    meshes.
+    end with the number of NaN points. Raises ReadError, also for infinite coordinates (1e30 or
+    more), for meshes, and for a file that must be read whole but has so many points that `read`
+    keeps only a sample.
     """
     reader, number, unseen = _IN_CHUNKS.get(path.suffix.lower()), 0, 0
     with as_read_error(path):
@@ -147,7 +148,8 @@ def _whole(path: Path, mtime: int) -> PointCloud:
 def sampled(cloud: PointCloud, num_points: int, seed: int = 0) -> PointCloud:
     """Return a cloud as it is; sample max(2 * `num_points`, 2048) points from a mesh.
 
-    Equal meshes give equal samples if the seed is equal too.
+    Farthest point sampling later chooses `num_points` of the sampled points, so more points are
+    sampled than are needed. Equal meshes give equal samples if the seed is equal too.
     """
     if cloud.faces is None:
         return cloud

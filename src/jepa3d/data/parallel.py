@@ -49,8 +49,10 @@ def mapped(
 def isolated(chunks: list, work: Work, workers: int, preload: str) -> Iterator[list]:
     """Yield for each chunk, in order, the list of results of `work`.
 
-    If a process dies, the entries of its chunk are tried again, each alone in a new process. An
-    entry that kills this process too has the result CRASHED.
+    If a process dies, Python ends all processes of the pool. Then the oldest chunk without results
+    is tried again entry by entry, each entry alone in a new process. An entry that kills this
+    process too has the result CRASHED. The other chunks without results start again in a new pool;
+    if one of them kills a process, the same happens again.
     """
     methods = multiprocessing.get_all_start_methods()
     method = "forkserver" if "forkserver" in methods else "spawn"
@@ -79,6 +81,7 @@ def isolated(chunks: list, work: Work, workers: int, preload: str) -> Iterator[l
     others = set(multiprocessing.active_children())
     try:
         with _interrupts_later():
+            # more chunks than processes, so that no process waits while results are being used
             running += map(start, islice(left, 4 * workers))
         while running:
             chunk, future = running.pop(0)

@@ -185,10 +185,11 @@ def _bookshelf(rng: Rng, u: Draw) -> Parts:
 def _vessel(
     tall: Range, long: Range = (1, 1), foot: float = 0, dish: float = 0, ear: float = 0
 ) -> Callable[[Rng, Draw], Parts]:
-    """Return a builder of open vessels. The rim has radius 1, but the body is stretched in x.
+    """Return a builder of open vessels. The rim has radius 1 before the body is stretched in x.
 
-    tall: range of the height. long: range of the stretch in x. foot: probability of a foot. dish:
-    probability of a saucer if there is no foot. ear: probability of a handle.
+    tall: range of the height. long: range of the factor by which the body is stretched in x. foot:
+    probability of a foot. dish: probability of a saucer if there is no foot. ear: probability of a
+    handle.
     """
 
     def build(rng: Rng, u: Draw) -> Parts:

@@ -11,8 +11,8 @@ from jepa3d.ops import BatchGenerator, gather_points, squared_distance, uniform,
 
 # largest shares of points that `random_view` removes, moves to random places, or moves into lumps
 MAX_CUT, MAX_CLUTTER, MAX_LUMPS = 0.5, 0.1, 1 / 3
-# `random_view` keeps one of these shares of num_points; each of the five entries is chosen with the
-# same probability
+# `random_view` keeps one of these shares of num_points. Each of the five entries is chosen with the
+# same probability; 1 stands here twice, so its probability is 2/5.
 VIEW_SHARES = (1, 1, 1 / 2, 1 / 4, 1 / 8)
 
 
@@ -60,8 +60,9 @@ def random_view(points: Tensor, num_points: int, generator: BatchGenerator) -> T
     4. Add noise with a standard deviation of up to 2 % of the radius.
     5. In a third of the clouds, move a share of the points (up to `MAX_CLUTTER`) to random places
        in the unit ball. In another third, move a share (up to `MAX_LUMPS`) into lumps around at
-       most seven of the points.
-    6. Fill the clouds up to num_points (`fill`), and normalise them.
+       most seven of the points. A lump has a standard deviation of 0.1 along each axis.
+    6. Add moved copies of points until there are num_points points (`fill`), and normalise the
+       clouds.
     """
     points = random_rotate(points, generator.stream("turn"))
     batch, size, _ = points.shape
@@ -101,7 +102,8 @@ def random_view(points: Tensor, num_points: int, generator: BatchGenerator) -> T
 def fill(points: Tensor, num_points: int) -> Tensor:
     """Fill clouds [B, n, 3] up to [B, num_points, 3] with moved copies of their points.
 
-    This is `frame.py::fill` for batches of clouds with at least two points.
+    The points are those of `frame.py::fill`, which says how copies are moved; here, the clouds come
+    in a batch, and each must have at least two points.
     """
     count = points.shape[1]
     if count == num_points:

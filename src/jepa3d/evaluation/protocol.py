@@ -31,7 +31,7 @@ def provenance() -> dict:
 
 def _commit() -> str | None:
     """Return the git commit of the package's source, with "-dirty" if files were changed. Returns
-    None if the package does not run from a git checkout, or if git cannot read the commit.
+    None if the package does not run from a git checkout, or if git is missing or fails.
     """
     root = Path(__file__).parents[3]
     if not (root / ".git").exists():

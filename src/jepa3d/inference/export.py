@@ -37,7 +37,9 @@ except ImportError as error:
 
 RTOL, ATOL = 1e-4, 1e-5  # relative and absolute tolerance of the comparison with torch
 MAX_POINTS = 10**6  # largest number of points of a cloud, as declared to torch.export
-BATCHES = (1, 2, 7)  # batch sizes for which exported files are compared with torch
+# batch sizes for which exported files are compared with torch; in `_difference`, the clouds of each
+# batch have another number of points
+BATCHES = (1, 2, 7)
 # settings of the encoder that `frame.group` needs
 SIZES = ("num_points", "num_groups", "group_size")
 
@@ -46,7 +48,11 @@ Differences = dict[str, float]  # file name -> largest difference from torch
 
 
 class Graph(nn.Module):
-    """A network to export as one graph, with the names of the graph's inputs and outputs."""
+    """A network to export as one graph, with the names of the graph's inputs and outputs.
+
+    Letters in the shapes below: B clouds of N points; M patches of K points per cloud; tokens of
+    width C; vectors of width E.
+    """
 
     name: str
     inputs: tuple[str, ...] = ("points",)
@@ -127,8 +133,8 @@ def export(model: str | Path, out: str | Path) -> dict[str, float]:
     if isinstance(network, Segmenter):
         raise ValueError(f"{model}: a segmentation network, which cannot be exported")
     encoder = network if isinstance(network, PointEncoder) else network.encoder
-    # `prepared` looks up `needed` nearest points of each point. Even a cloud of only `min_points`
-    # points must have so many points.
+    # `prepared` looks up the `needed` nearest points of each point. So even the smallest allowed
+    # cloud, of `min_points` points, must have at least `needed` points.
     if (needed := 1 + encoder.num_points // encoder.min_points) > encoder.min_points:
         raise ValueError(f"{model}: export needs num_groups of at least {needed}")
     differences: Differences = {}
@@ -235,6 +241,7 @@ def _difference(graph: Graph, encoder: PointEncoder, file: Path) -> float:
     generator, largest, run = torch.Generator().manual_seed(0), 0.0, _open(file, graph)
     counts = encoder.min_points, encoder.num_points, 2 * encoder.num_points
     for batch, count in zip(BATCHES, counts, strict=True):
+        # neither centred nor of radius 1, since the graphs take clouds in any unit
         points = torch.randn(batch, count, 3, generator=generator) * 30 + 100
         results, expected = run(graph.arrays(points)), graph.expected(points)
         for key, found, wanted in zip(graph.outputs, results, expected, strict=False):
@@ -270,7 +277,8 @@ def _card(network: Network, encoder: PointEncoder, differences: Differences) -> 
 def prepared(encoder: PointEncoder, points: Tensor) -> Tensor:
     """Prepare clouds [B, N, 3] as the functions `frame` and `fill` of `jepa3d.frame` do, but with
     operations that a graph can contain. A graph cannot raise errors itself, so the checks of these
-    functions are left out, except the check for too few points (see below).
+    functions are left out. Only for a cloud with too few points does the runtime raise an error,
+    because the graph then uses an index that is out of bounds.
     """
     points = without_strays(points.double(), encoder.min_points)
     points = points - (points.amin(1, True) + points.amax(1, True)) / 2
@@ -294,7 +302,7 @@ def prepared(encoder: PointEncoder, points: Tensor) -> Tensor:
     most: Any = torch.sym_min(count, 1 + encoder.num_points // min_points)
 
     def moved(chosen: Tensor, different: Tensor, source: Tensor) -> Tensor:
-        # Only the first `different` rows of `chosen` are different points; the rest are copies.
+        # Only the first `different` rows of `chosen` are different points; the rest are duplicates.
         among = torch.arange(chosen.shape[1], device=device) < different
         distance = squared_distance(chosen, chosen)
         distance = distance.masked_fill(~among[:, None], torch.inf)
@@ -319,15 +327,19 @@ def without_strays(points: Tensor, min_points: int) -> Tensor:
     Stray points are those that `frame.without_strays` removes.
     """
     points = points - (points.amin(1, True) + points.amax(1, True)) / 2
+    # Sort the points by one number per point, as in `frame._distinct`, so that equal points are
+    # neighbours.
     weights = points.new_tensor([1, 2**0.5, torch.pi])
     points = gather_points(points, (points * weights).sum(-1).argsort(1))
     first = (points[:, 1:] != points[:, :-1]).any(-1)
-    # The mask `first` marks one of several equal points. Only this one is counted.
+    # The mask `first` marks the first of several equal points. Only this one is counted.
     first = torch.cat([torch.ones_like(first[:, :1]), first], 1)
     different, kept, side = first.sum(1, keepdim=True), first, frame.MAX_CELLS
     for _ in range(frame.ROUNDS):
         number = kept.sum(1, keepdim=True).double()
         cells = (3 * number).pow(1 / 3).round().clamp(2, side)
+        # All other points are moved onto a kept point, so these points have the bounding box of the
+        # kept points.
         box = _onto_one(points, kept)
         low = box.amin(1, True)
         width = (box.amax(1, True) - low).amax(2, True).clamp_min(1e-30)
@@ -337,6 +349,7 @@ def without_strays(points: Tensor, min_points: int) -> Tensor:
         count = points.new_zeros(points.shape[0], side**3)
         count = count.scatter_add(1, cell, kept.double())
         count = count.view(-1, side, side, side)
+        # Add up each cell and its 26 neighbours: three cells along each axis in turn.
         for axis in range(3):
             width_of_pad = [int(axis == other) for other in (2, 1, 0) for _ in "ab"]
             padded, dim = F.pad(count, width_of_pad), 1 + axis

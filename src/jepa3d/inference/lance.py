@@ -1,5 +1,5 @@
 """`jepa3d index`: copy the vectors of Parquet files into a LanceDB database, here called a store.
-It can hold millions of vectors, which can be added, deleted and searched.
+A store can hold millions of vectors, which can be added, deleted and searched.
 
 A search without `probes` compares the query with all vectors, so it is exact. A search with
 `probes` is approximate; it needs the index of partitions (IVF_FLAT) that `build` adds. Every change
@@ -29,7 +29,8 @@ except ImportError as error:
     ) from error
 
 _TABLE = "vectors"
-# number of rows requested in addition to k, so that ties with the k-th row are noticed
+# number of rows requested in addition to k, so that ties with the k-th row are noticed; if even
+# more rows tie, `search` makes a second request for all of them
 _SPARE = 64
 # Old versions of the store are kept for this time, since other processes may still read them.
 _OLD = timedelta(hours=1)
@@ -39,7 +40,7 @@ class VectorStore:
     """An existing store. To make a new store, use `create_or_update`.
 
     Hold the lock `jepa3d.locking.writing` while changing the store. Raises ReadError if there is no
-    store at `path`.
+    store at `path`, or if what is there was not made by `jepa3d index`.
     """
 
     def __init__(self, path: Path):
@@ -65,7 +66,8 @@ class VectorStore:
 
     def build(self) -> None:
         """Build an index for approximate search. The number of partitions is the square root of the
-        number of rows. The vectors in the index are not compressed.
+        number of rows. The vectors in the index are not compressed. An index of the paths is built
+        too.
         """
         self.table.create_index("vector", config=IvfFlat(distance_type="cosine"))
         self.table.create_index("path", config=BTree())
@@ -79,7 +81,7 @@ class VectorStore:
         self, query: np.ndarray, k: int, conditions: list[Condition], probes: int | None
     ) -> list[Hit]:
         """Return the k rows with the highest cosine to a query [E] (of length 1) among the rows
-        for which all conditions hold, in the order of `rank`.
+        for which all conditions hold, in the order of `hits.py::rank`.
 
         probes: how many partitions of the index to search; None for an exact search. Raises
         ValueError if `probes` is given but the store has no index.
@@ -107,8 +109,9 @@ def create_or_update(vectors: Vectors, path: Path) -> tuple[int, int]:
 
     Returns the number of new rows and the number of replaced rows. Vectors of length zero are left
     out, since they have no cosine. Raises ValueError if the name of `path` does not end in
-    .lancedb, or if the vectors have another specification than the store. Raises ReadError if
-    `path` is a folder that is not a store.
+    .lancedb, or if the vectors have another specification than the store (spec.py: the encoder and
+    settings with which they were computed). Raises ReadError if `path` is a file, or a folder that
+    is not a store.
     """
     if path.suffix != ".lancedb":
         raise ValueError(f"{path}: a LanceDB store is a folder whose name ends in .lancedb")
