@@ -5,7 +5,8 @@ from Procedural 3D Programs" (Chen et al. 2024, arXiv 2411.17467): there, shapes
 made from a few kinds of solids suffice to pretrain an encoder. Every solid here is a *loft*: a
 closed outline that is swept along a line or an arc, while a profile scales the radius of the
 outline. Boxes, cylinders, cones, prisms, ellipsoids, solids of revolution, cups, tori and tubes are
-lofts.
+lofts. A loft is stored as an array [rings, SIDES, 3]: each ring is the outline at one place of the
+sweep, with SIDES points (see lofts.py).
 """
 
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 from jepa3d.data.cloud import PointCloud, ReadError, rotation, sample_triangles
 from jepa3d.data.lofts import Rng, normalise, sweep, triangles_of, turn
 
-# probabilities of 1, 2, ..., 9 parts, as in the paper
+# probabilities of 1, 2, ..., 9 parts, as in the paper by Chen et al.
 PARTS = np.array([5, 5, 5, 4, 4, 3, 2, 1, 1]) / 30
 POINTS = 4096  # number of points of each shape
 NOISE = 0.006  # largest standard deviation of noise per axis, for a radius of 1

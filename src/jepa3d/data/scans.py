@@ -1,6 +1,8 @@
 """Read formats of scanners: PCD, LAS, LAZ, E57, PTX, and .bin files of float32.
 
-LAS, LAZ, E57 and compressed PCD need the packages of the `io` extra.
+LAS, LAZ, E57 and compressed PCD need the packages of the `io` extra. A damaged file can also raise
+errors of other classes here, such as ValueError; `read` and `chunks` in io.py turn all of them into
+a ReadError.
 """
 
 import math
@@ -62,7 +64,7 @@ def read_pcd(path: Path) -> PointCloud:
         else:
             known = "ascii, binary or binary_compressed"
             raise ReadError(f"DATA must be {known}, found {encoding or 'none'}")
-    # only fields with one value per point can be attributes
+    # only fields with one value per point can be coordinates, or attributes such as colours
     columns = {name: values for name, values in columns.items() if values.ndim == 1}
     xyz = np.stack([columns[axis].astype(np.float64) for axis in "xyz"], 1)
     return PointCloud.make(xyz, **attributes_of(columns))
@@ -149,6 +151,7 @@ def _check_las(path: Path) -> None:
             if table < 0:  # then the last 8 bytes of the file are the offset
                 file.seek(-8, 2)
                 (table,) = struct.unpack("<q", file.read(8))
+            # after 4 bytes for its version, the table begins with its number of chunks
             file.seek(max(table, 0) + 4)
             check_claim(path, int.from_bytes(file.read(4), "little"), 1)
 

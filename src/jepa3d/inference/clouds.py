@@ -33,7 +33,8 @@ class Address:
 
     As text, an address is FILE, FILE#PART or STORE#PART. If there is a file whose whole name is
     this text, the text means that file, even if the name contains #. So if there is a file called
-    FILE#PART, the address of the cloud PART in FILE is FILE/#PART, a name that no file can have.
+    FILE#PART, the address of the cloud PART in FILE is FILE/#PART. No file can have this name,
+    since FILE is not a folder.
     """
 
     file: str  # absolute path of the file or store

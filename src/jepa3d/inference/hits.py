@@ -11,8 +11,9 @@ from jepa3d.inference.vectors import pa, pc
 
 # columns of an index on which a condition can be set
 COLUMNS = ("path", "label", "num_points")
-# Two cosines that were computed in float32 and differ by less than this may be in the wrong order:
-# it is twice the largest rounding error of a cosine, in whichever order its terms are added.
+# Twice the largest rounding error of a cosine in float32, in whichever order its terms are added.
+# Two such cosines that differ by less than this may be in the wrong order. So a search computes in
+# float64 (`rank`) the cosines of the k best rows and of all rows that are at most this much below.
 SLACK = 1e-5
 _COMPARE = {
     "=": pc.equal,

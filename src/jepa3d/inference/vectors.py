@@ -10,10 +10,10 @@ label       the cloud's class, from its folder or file. If the cloud has no clas
 num_points  number of points in the cloud as it was read; for a mesh, the number of its vertices
 stamp       for a cloud in a store, a hash of its content; for any other cloud, a hash of its file's
             size and modification time. While the stamp stays equal, the cloud is unchanged
-vector      [E] float32, not scaled to length 1
+vector      E numbers, float32; the vector is not scaled to length 1
 error       why the cloud has no vector; null if it has one. Only the tables that `Embedder`
-            returns, and files made from these tables, have this column. `Vectors` skips rows with
-            an error
+            (embedding.py) returns, and files made from these tables, have this column. `Vectors`
+            skips rows with an error
 """
 
 import json
@@ -42,7 +42,9 @@ except ImportError as error:
 # them. Therefore the type is Any.
 pc: Any = pa.compute
 FORMAT = "jepa3d-vectors-1"
-ROWS = 8192  # tables with fewer rows are joined before they are written, see `write`
+# Tables with fewer rows are joined before they are written, see `write`. A search reads one row
+# group at a time, so many small row groups would make it slow.
+ROWS = 8192
 
 ReadGroup = Callable[[list[str] | None], pa.Table]  # reads some or all columns of a row group
 
@@ -95,7 +97,7 @@ class Vectors:
 
     may_be_empty: allow files without vectors. Raises ReadError if a file is not a file of vectors,
     if the folder has no Parquet file, or if there are no vectors but `may_be_empty` is False.
-    Raises ValueError if the specifications of the files differ.
+    Raises ValueError if the specifications of the files (`EmbeddingSpec`, spec.py) differ.
     """
 
     def __init__(self, path: str | Path, may_be_empty: bool = False):

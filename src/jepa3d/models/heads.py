@@ -30,7 +30,7 @@ class Classifier(
     >>> model.predict(torch.randn(4, 2048, 3)).argmax(-1)    # 4 class numbers, indices of model.class_names
     """
 
-    PARTS: ClassVar = {"encoder": PointEncoder}  # see `Pretrained`
+    PARTS: ClassVar = {"encoder": PointEncoder}  # see `Pretrained` (hub.py)
 
     def __init__(self, encoder: dict[str, Any], class_names: list[str], dropout: float = 0.5):
         super().__init__()
@@ -84,7 +84,7 @@ class LinearClassifier(
     -1, no cloud is unknown. Logits do not depend on least_likeness.
     """
 
-    PARTS: ClassVar = {"encoder": PointEncoder}  # see `Pretrained`
+    PARTS: ClassVar = {"encoder": PointEncoder}  # see `Pretrained` (hub.py)
 
     def __init__(
         self,
@@ -102,8 +102,10 @@ class LinearClassifier(
         self.least_likeness = least_likeness
         self.out = nn.Linear(self.encoder.width * len(pooling.split("_")), len(class_names))
         if least_likeness > -1:
-            # Set by inference/label.py. The rows of `means` have length 1, so that `unknown`
-            # computes cosines.
+            # inference/label.py sets the values of these three buffers: the mean (`shift`) and
+            # standard deviation (`spread`) of vectors, and one mean of standardised vectors per
+            # class (`means`). The rows of `means` have length 1, so that `unknown` computes
+            # cosines.
             self.shift, self.spread = (
                 nn.Buffer(torch.ones(self.out.in_features)) for _ in range(2)
             )
@@ -150,17 +152,17 @@ class Segmenter(
 ):
     """Predict a part for every point of a cloud whose category is known, as in Point-MAE.
 
-    encoder: arguments of `PointEncoder`. parts_of: the part numbers of each category. layers: the
-    numbers of the three blocks whose tokens are used. The head is an MLP with layers of widths 512,
-    256 and the number of parts. For each point, the head sees the point's coordinates, a token
-    interpolated from the tokens of the three nearest centres, and a vector of the whole shape. This
-    vector has the max and mean of the tokens, and an embedding of the category. The MLP's first
-    layer is applied to the tokens before they are interpolated. Interpolation and the matrix of
-    this layer are linear, so their order does not change the result, but in this order the layer
-    runs on M tokens instead of N points.
+    encoder: arguments of `PointEncoder`. class_names: the names of the categories. parts_of: the
+    part numbers of each category. layers: the numbers of the three blocks whose tokens are used.
+    The head is an MLP with layers of widths 512, 256 and the number of parts. For each point, the
+    head sees the point's coordinates, a token interpolated from the tokens of the three nearest
+    centres, and a vector of the whole shape. This vector has the max and mean of the tokens, and an
+    embedding of the category. The MLP's first layer is applied to the tokens before they are
+    interpolated. Interpolation and the matrix of this layer are linear, so their order does not
+    change the result. But in this order, the layer runs on M tokens instead of N points.
     """
 
-    PARTS: ClassVar = {"encoder": PointEncoder}  # see `Pretrained`
+    PARTS: ClassVar = {"encoder": PointEncoder}  # see `Pretrained` (hub.py)
 
     def __init__(
         self,

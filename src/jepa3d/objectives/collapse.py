@@ -48,9 +48,9 @@ def collapse_figures(
     the loss of the best constant prediction.
 
     prediction, target: [B, A, T, E], for B clouds with A target blocks of T tokens each. unit:
-    whether a row is a "token" or a "block", as in `cosine_loss`. max_rows: use at most this many
-    rows. A training loss near `constant_loss` means that nothing was learned, even if both losses
-    are low.
+    whether a row is a "token" or a "block" (the tokens of a block, concatenated), as in
+    `cosine_loss` (jepa.py). max_rows: use at most this many rows. A training loss near
+    `constant_loss` means that nothing was learned, even if both losses are low.
     """
     rows = [
         value.flatten(0, -3).flatten(1) if unit == "block" else value.flatten(0, -2)

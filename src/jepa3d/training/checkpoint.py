@@ -25,10 +25,11 @@ def replace_folder(path: Path, write: Callable[[Path], object], new: bool = Fals
     """Write a new folder `path`: call write(temporary folder), flush that folder to disk, and
     rename it to `path`.
 
-    new: raise FileExistsError if `path` exists, instead of replacing it. An error, such as a full
-    disk, leaves no temporary folder behind. After a kill, `path` holds either the complete old
-    folder or the complete new one, unless the kill came between the two renames. In this case
-    `path` is missing, and `put_back` restores the old folder.
+    An old folder `path` is renamed to .NAME.old just before, and deleted just after. new: raise
+    FileExistsError if `path` exists, instead of replacing it. An error, such as a full disk, leaves
+    no temporary folder behind. After a kill, `path` holds either the complete old folder or the
+    complete new one, unless the kill came between the two renames. In this case `path` is missing,
+    and `put_back` restores the old folder.
     """
     partial, old = (path.with_name(f".{path.name}.{state}") for state in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)

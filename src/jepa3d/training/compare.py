@@ -6,7 +6,8 @@ OUT/runs/ARM-SEED/   a run of jepa3d pretrain, and the scores of its vectors in 
                      encoders, and handcrafted vectors). Fine-tuning runs are in sub-folders
                      finetuned-*. If the grid gives learning rates (`lr`), the folder is called
                      ARM-lrRATE-SEED instead of ARM-SEED
-OUT/costs.json       CPU seconds per step, if arms get equal CPU time
+OUT/costs.json       if arms get equal CPU time: the CPU seconds of each arm before its first step,
+                     and per step
 OUT/log.txt          the log of all runs
 OUT/table.md         the tables
 OUT/compare.json     all results
@@ -54,7 +55,7 @@ class Comparison:
     def __init__(self, grid: Grid, sets: list[LabelledSet], part: Part, out: Path):
         """Read the scored sets (the labelled shapes on which arms are scored), and check that
         existing runs have the settings of the grid. If arms get equal CPU time, also measure the
-        time per step of each arm for which OUT/costs.json does not have it yet.
+        CPU times of each arm that OUT/costs.json does not have yet (see `grid.py::at_equal_time`).
 
         Raises ValueError, before any run is trained, if the comparison cannot be made.
         """
@@ -65,6 +66,7 @@ class Comparison:
         self.ended: dict[Path, str | None] = {}
         self.failed: dict[str, str] = {}  # arm -> why it failed
         self.rates: dict[str, float | None] = {}  # arm -> its chosen learning rate
+        # runs of an arm: one per learning rate with the first seed, and one with each other seed
         self.total = len(grid.arms) * (len(grid.rates) + len(grid.seeds) - 1)
         parts: set[Part] = {part, "validation"} if len(grid.rates) > 1 else {part}
         for dataset, config, scored in product(sets, grid.arms.values(), parts):
@@ -262,7 +264,8 @@ class Comparison:
 
     def _load(self, config: PretrainConfig) -> PointClouds:
         """Load the shapes of a run; runs on the same data share the loaded shapes."""
-        # `clouds_of` reads twice as many points if the loss has the view term
+        # `clouds_of` (pretrain.py) reads twice as many points if the objective also predicts a
+        # vector from a damaged view of the cloud (the setting `target.view`)
         viewed = config.objective == "jepa" and config.target.view > 0
         key = config.data, config.split, config.up_axis, viewed, config.encoder.num_points
         if key not in self.clouds:

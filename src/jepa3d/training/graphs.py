@@ -20,10 +20,10 @@ WARM_UP = 3  # number of calls before a graph is recorded; torch demands such a 
 def can_repeat(config: RunConfig, processes: int, device: torch.device) -> bool:
     """Return whether a run's step can be recorded as graphs, one per set of tensor sizes.
 
-    This is possible for 3D-JEPA on one CUDA GPU, without fp16, SIGReg, cached targets or gradient
-    accumulation. The tensors may have only a few different sizes. The samplers "random" and
-    "one_block" meet this condition. The other samplers do not, since their contexts may have any
-    length.
+    This is possible for 3D-JEPA on one CUDA GPU, without fp16, SIGReg (objectives/regularizers.py),
+    cached targets or gradient accumulation. It also requires that the tensors have only a few
+    different sizes in all steps. The samplers "random" and "one_block" meet this condition. The
+    other samplers do not, since their contexts may have any length.
     """
     return (
         torch.get_device_module(device).__name__ == "torch.cuda"

@@ -25,7 +25,7 @@ from jepa3d.plain import (
 from jepa3d.training.pretrain import check, cpu_costs
 from jepa3d.validate import validate
 
-ROUNDS = 3  # number of times that the CPU time per step of each arm is measured
+ROUNDS = 3  # number of times that the CPU times of each arm are measured; their median is used
 
 
 class Grid(NamedTuple):
@@ -39,8 +39,10 @@ class Grid(NamedTuple):
     seeds: tuple[int, ...]
     # Learning rates to choose from, or (None,) if each arm keeps its own rate.
     rates: tuple[float | None, ...]
-    cpu_minutes: float | None  # per run, stage I included; None if the arms get equal steps
-    finetune: FinetuneConfig  # how arms are fine-tuned on the first scored data set
+    # per run, including stage I (explained in `config` below); None if the arms get equal steps
+    cpu_minutes: float | None
+    # how arms are fine-tuned on the first of the labelled data sets on which they are scored
+    finetune: FinetuneConfig
     finetuned: tuple[str, ...]  # the arms that are fine-tuned
 
     def config(self, arm: str, seed: int, rate: float | None) -> PretrainConfig:
@@ -179,8 +181,8 @@ def at_equal_time(grid: Grid, out: Path) -> Grid:
             raise ValueError(f"{grid.path}: arms.{name}: {reason}, {hint}")
     if new := [name for name in grid.arms if name not in known]:
         # If other arms were measured earlier, the machine may be busier or less busy now. So
-        # measure one of those arms again. The costs of new arms are multiplied by the ratio of that
-        # arm's earlier cost to its cost now.
+        # measure one of those arms again. The CPU times of new arms are multiplied by the ratio of
+        # that arm's earlier CPU time per step to its CPU time per step now.
         again = [name for name in grid.arms if name in known][:1]
         todo = {name: grid.arms[name] for name in [*new, *again]}.items()
         rounds = [{name: cpu_costs(arm) for name, arm in todo} for _ in range(ROUNDS)]

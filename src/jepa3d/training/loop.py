@@ -39,7 +39,7 @@ BAD_CLOUD = (
 )
 # Number of shards (files of a store, data/store.py) whose clouds are shuffled together; these
 # shards have about 1 GiB in all. The number must be below 64, the number of files that a `Store`
-# keeps open.
+# keeps open; otherwise the same files would be closed and opened again and again.
 WINDOW = 32
 
 
@@ -81,13 +81,14 @@ def fit(
 
     run: the run's folder; if None, nothing is written (dry run). stop_at: step at which the run
     stops early. Returns the final state: step, cpu_seconds, wall_seconds, peak_memory (bytes), best
-    (the step and score of the best epoch), metrics (those logged last), step_seconds and
-    step_cpu_seconds (wall and CPU seconds per step, averaged over the steps between the last two
-    logs), and mixed_precision (the precision that was used).
+    (the step and score of the best epoch, or None if the task has no scorer), metrics (those logged
+    last), step_seconds and step_cpu_seconds (wall and CPU seconds per step, averaged over the steps
+    between the last two logs), and mixed_precision (the precision that was used).
 
     On Ctrl-C, on SIGTERM, or at step `stop_at`, saves a checkpoint and raises Interrupted. Raises
-    Diverged if the loss is NaN or infinite, ReadError for unreadable data, and ValueError if the
-    run has no undamaged checkpoint left or if the tracker cannot be used.
+    Diverged if the loss is NaN or infinite, and ReadError for unreadable data. Raises ValueError if
+    the run's checkpoints are missing, are all damaged or do not fit the objective, or if the
+    tracker cannot be used.
     """
     start_clock = clock()
     # cuDNN attention is off, since it makes a new plan for every context length. Making a plan
@@ -95,8 +96,9 @@ def fit(
     torch.backends.cuda.enable_cudnn_sdp(False)
     engine.set_activation_checkpoints(task.objective, config.checkpoint_activations)
     precision, compiled = engine.choose(task, clouds, config, run)
-    # Accelerate keeps the precision globally, and stage I (training/pretrain.py) may have run in
-    # this process before with another precision.
+    # Accelerate keeps the precision globally. Stage I (the training of a network that a run needs
+    # first, such as its teacher; see pretrain.py) may have run in this process before, with another
+    # precision.
     AcceleratorState._reset_state()
     tracked = engine.tracker(config.track, run)
     accelerator = Accelerator(
