@@ -32,11 +32,11 @@ def writing(path: str | Path) -> Iterator[None]:
         yield
     finally:
         # Deleting the lock file fails if its folder is gone. On Windows, it also fails while the
-        # file is open.
+        # file is open; the file then stays, and later commands lock it again.
         with suppress(OSError):
             # Delete the file before the release. If another process has just opened the file, that
-            # process gets the lock of the deleted file next. FileLock notices this, and does not
-            # count it as holding the lock.
+            # process next gets the lock of the deleted file. Its FileLock notices that the file was
+            # deleted, and treats the lock as not held.
             os.unlink(lock.lock_file)
         lock.release()
         # The loop stops, with a suppressed error, at the first folder that is not empty.

@@ -53,7 +53,9 @@ def facts(values: dict[str, Any]) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]], strong: str | None = None) -> str:
-    """Return a table. strong: rows whose first value is `strong` are emphasised."""
+    """Return a table. header: names of the columns; if all names are "", there is no header row.
+    strong: rows whose first value is `strong` are emphasised.
+    """
 
     def cell(value: Any) -> str:
         if isinstance(value, Bar):

@@ -137,7 +137,9 @@ def configuration(title: str) -> Callable[[type[T]], type[T]]:
 
 
 def check_ranges(config: Any, where: str = "") -> None:
-    """Raise ValueError for the first setting outside its range, also in nested groups."""
+    """Raise ValueError for the first setting outside its range, also in nested groups. The value
+    None is always allowed.
+    """
     for part in dataclasses.fields(config):
         value, name = getattr(config, part.name), f"{where}{part.name}"
         if dataclasses.is_dataclass(value):

@@ -21,6 +21,8 @@ from jepa3d.models.teacher import load_module
 from jepa3d.plain import differences, from_dict, read_checked, to_dict, write_bytes
 from jepa3d.run import Run
 
+# Value of `task` or `objective` -> the kind of run, as its report names it. Stage I trains networks
+# that another run needs first, such as a teacher.
 TITLES = {
     "jepa": "3D-JEPA pretraining",
     "generative": "Masked autoencoder pretraining",
@@ -30,6 +32,7 @@ TITLES = {
     "segment": "Part segmentation",
     "fewshot": "Few-shot classification",
 }
+# value of `selection` in results.json -> how the epoch was chosen, in words
 SELECTION = {
     "validation": "the epoch was chosen on the validation split; the test split was used once",
     "last epoch": "the last epoch was used; nothing was chosen",
@@ -101,7 +104,9 @@ def _from_data(title: str, data: str | None, draw: Callable[..., str], *settings
 
 # ---------------------------------------------------------------------------------- downstream runs
 def _outcome(run: Run, config: dict, data: str | None) -> Iterator[str]:
-    """Yield the sections with a downstream run's test scores: metrics, details and pictures."""
+    """Yield the sections with the test scores of a downstream run (classify, segment or fewshot):
+    metrics, details and pictures.
+    """
     if (result := run.result) is None:
         yield page.section("Result", page.note("There is no result yet."))
         return
@@ -197,7 +202,9 @@ def _predictions(run: Path) -> dict[str, np.ndarray]:
 
 
 def _parts(run: Path, names: list[str]) -> str:
-    """Return a picture of some test shapes with their true and predicted parts."""
+    """Return a picture of some test shapes with their true and predicted parts. names: the names of
+    the categories.
+    """
     saved = _predictions(run)
     labels = saved["label"]
     first = figures.first_of_each(labels)[: max(len(np.unique(labels)), MOST_PARTS)]

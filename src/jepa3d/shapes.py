@@ -4,11 +4,11 @@ In the tests, every call of a function of ops.py or of `models/` (except layout.
 shapes: tests/conftest.py imports jaxtyping before this file. Outside the tests, nothing is checked
 and jaxtyping is not imported; the types only inform the reader.
 
-Each letter is the size of an axis, that is, the number of these things. b: clouds; n: points of a
-cloud; m: tokens of a cloud; k: points of a patch; c: channels of a token; e: channels of a vector;
-v: tokens of the context; a: target blocks of a cloud; t: tokens of a target block. `rows` is the
-number of tokens of all clouds together; the tokens are stored one cloud after another. `*any` means
-any number of axes.
+Each letter stands for the size of an axis: b is the number of clouds, n of points of a cloud, m of
+tokens of a cloud, k of points of a patch, c of channels of a token, e of channels of a vector, v of
+tokens of a context, a of target blocks of a cloud, and t of tokens of a target block. `rows` is the
+number of tokens of all clouds together; the tokens are stored one cloud after another. A name with
+a star, such as `*any` or `*rest`, stands for any number of axes.
 """
 
 import sys

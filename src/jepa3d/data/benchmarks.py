@@ -39,12 +39,13 @@ _SCANS = {
 def benchmark_at(root: Path, variant: str | None) -> Source | None:
     """Return the benchmark whose files lie at `root`, or None if there is none.
 
-    variant: name of the variant to read; it may be None if `root` has only one variant. Raises
-    ReadError if `root` lacks the variant, if a label is not a class of the benchmark, or if a file
-    that many shapes need is missing, such as a list of shapes. There are two exceptions. If a split
-    list of ShapeNetPart is missing, no error is raised, and the entries of its shapes get the split
-    None. If the file of a single shape is missing, the error is raised when the entry of that shape
-    is read.
+    variant: name of the variant to read, for the benchmarks that have variants (ModelNet with
+    normals and ScanObjectNN); it may be None if `root` has only one variant. Raises ReadError if
+    `root` lacks the variant, if `variant` is None and `root` has several, if a label is not a class
+    of the benchmark, or if a file that many shapes need, such as a list of shapes, is missing or
+    damaged. There are two exceptions. If a split list of ShapeNetPart is missing, no error is
+    raised, and the entries of its shapes get the split None. If the file of a single shape is
+    missing or damaged, the error is raised when the entry of that shape is read.
     """
     if (root / "shapenet_pc").is_dir():
         source = _shapenet55(root)
@@ -101,8 +102,9 @@ def _lines(path: Path, owner: str) -> list[str]:
 def _missing(owner: str, list_name: str | None, path: Path) -> NoReturn:
     """Raise a ReadError for a missing file.
 
-    An entry for a missing file has this function as its reader, so that the error is raised when
-    the entry is read. list_name: name of the list that names the file, or None.
+    If the file of a single shape is missing, this function is the reader of the shape's entry, so
+    that the error is raised when the entry is read. owner: as for `_lines`. list_name: name of the
+    list that names the file, or None.
     """
     listed = f"but {list_name} lists it" if list_name else f"but {owner} needs it"
     hint = f"get it from {_PUBLISHED['owners'][owner]}"
@@ -313,6 +315,8 @@ class _ArraysOnly(pickle.Unpickler):
 
 @lru_cache(maxsize=1)
 def _fold(path: Path, mtime: int) -> dict[str, list]:
+    # `mtime` (the time of the file's last change) is a part of the cache's key, so that a changed
+    # file is read again.
     with as_read_error(path):
         try:
             fold = _ArraysOnly(io.BytesIO(path.read_bytes())).load()

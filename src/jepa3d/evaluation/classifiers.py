@@ -26,10 +26,10 @@ from torch import nn
 from jepa3d.data.parallel import mapped
 from jepa3d.models.heads import LinearClassifier
 
-# The head and the weight decay of mlp3 are those of Point-MAE. The learning rate (it falls to 0
-# along half a cosine), the batch size and the number of steps are our choice. Almost six times as
-# much work (2,000 steps with batches of 128) raised the accuracy on a held-out fifth of
-# ModelNet10's train split by only 0.2 to 1.0 percentage points.
+# For mlp3 (the class `MLP3`): its head and weight decay are those of Point-MAE. The learning rate
+# (it falls to 0 along half a cosine), the batch size and the number of steps are our choice. Almost
+# six times as much work (2,000 steps with batches of 128) raised the accuracy on a held-out fifth
+# of ModelNet10's train split by only 0.2 to 1.0 percentage points.
 _WIDTH, _DROPOUT = 256, 0.5
 _LR, _WEIGHT_DECAY, _BATCH, _STEPS = 2e-3, 0.05, 64, 700
 # values of scikit-learn's C (inverse regularisation strength) that `fit_head` tries
@@ -89,8 +89,11 @@ def _head(width: int, classes: int) -> nn.Sequential:
 
 
 def _classifier(protocol: str, c: float, count: int, seed: int):
-    """Create a protocol's classifier. count: number of shapes to which it will be fitted."""
+    """Create a protocol's classifier. c, seed: as for `fitted`. count: number of shapes to which it
+    will be fitted.
+    """
     if protocol == "svc_linear":
+        # this C is that of Point-M2AE
         return SVC(kernel="linear", C=0.012)
     if protocol == "linear_svc":
         # Here `dual` is "auto", the default since scikit-learn 1.5; Point-BERT and Point-MAE used
@@ -130,9 +133,10 @@ def predict(
 def fit_head(x: np.ndarray, y: np.ndarray) -> tuple[Pipeline, float | None]:
     """Fit logistic regression on standardised vectors x [n, E] with classes y [n].
 
-    Returns the classifier and its cross-validated accuracy. C is chosen on the same folds, so this
-    accuracy is a little too high. If a class has only one vector, C is 0.1, and None is returned
-    for the accuracy.
+    C is chosen from `_CS` by cross-validation with five folds, or as many folds as the smallest
+    class has vectors, if that is less. Returns the classifier and its cross-validated accuracy. C
+    is chosen on the same folds, so this accuracy is a little too high. If a class has only one
+    vector, there is no cross-validation: C is 0.1, and None is returned for the accuracy.
     """
     folds = min(5, int(np.unique(y, return_counts=True)[1].min()))
     c, accuracy = _CS[2], None

@@ -3,7 +3,8 @@ vectors of corrupted shapes retrieve shapes of the same class, or predict the cl
 
 First a shape is corrupted in one of the ways that data/corruptions.py lists. Shapes of an .npz
 bundle or a store are corrupted with all of their points. Then frame.py normalises the corrupted
-shape and chooses the points that the networks see. The encoder and the baselines are given the same
+shape and chooses the points that the networks see. The baselines are an untrained encoder and the
+handcrafted descriptors of descriptors.py. The encoder and the baselines are given the same
 corrupted shape. The shapes that are searched, or to which classifiers are fitted, are not
 corrupted. No setting is tuned: the layer and the regularisation C are fixed.
 """
@@ -36,10 +37,10 @@ def corrupted(
     task: "retrieval" searches the clean shapes of the split, except the clean copy of the query.
     Its metrics are mAP and the share of queries whose nearest neighbour has the query's class. The
     metrics of "probe" are the accuracies of two protocols of probe.py, logistic_10 and knn, whose
-    classifiers are fitted to clean train shapes. part: the split, see `opened`. Returns the result
-    record. For clean shapes and for every kind of corruption, the record has one list for each
-    metric of each model or baseline, with one score per severity. Raises ValueError or ReadError if
-    a model or the data cannot be used.
+    classifiers are fitted to clean train shapes. part: the split, see `opened` in retrieval.py.
+    Returns the result record. For clean shapes and for every kind of corruption, the record has one
+    list for each metric of each model or baseline, with one score per severity. Raises ValueError
+    or ReadError if a model or the data cannot be used.
     """
     searches = task == "retrieval"
     record: dict[str, Any] = {}

@@ -96,14 +96,14 @@ def _in_batches(of: Callable[..., Tensor]) -> Callable[..., np.ndarray]:
 
 @_in_batches
 def shape_histograms(points: Tensor, seed: int = 0) -> Tensor:
-    """Compute four histograms of 64 bins for clouds [B, N, 3] (Osada et al. 2002); returns the
-    concatenated histograms [B, 256].
+    """Compute four histograms of 64 bins for clouds [B, N, 3]; returns the concatenated histograms
+    [B, 256].
 
-    The first three, D2, A3 and D3, are measured on 32,768 random triples of points. D2 is the
-    distance between two of the points, A3 is the angle at one of them, and D3 is the square root of
-    the triangle's area. D2 and D3 are divided by their mean over the cloud; their bins cover 0 to
-    3. The bins of A3 cover 0 to pi. The fourth histogram is of the height z of all points; its bins
-    cover -1 to 1. Each histogram sums to 1.
+    The first three, D2, A3 and D3 (Osada et al. 2002), are measured on 32,768 random triples of
+    points. D2 is the distance between two of the points, A3 is the angle at one of them, and D3 is
+    the square root of the triangle's area. D2 and D3 are divided by their mean over the cloud;
+    their bins cover 0 to 3. The bins of A3 cover 0 to pi. The fourth histogram is of the height z
+    of all points; its bins cover -1 to 1. Each histogram sums to 1.
     """
     triples = np.random.default_rng(seed).integers(0, points.shape[1], (3, _DRAWS))
     first, second, third = (points[:, torch.from_numpy(rows)] for rows in triples)

@@ -20,7 +20,10 @@ from jepa3d.evaluation.tables import ON_TEST, Sheet, mean_std
 from jepa3d.plain import read_checked
 from jepa3d.run import Run
 
-# the values of `init` (what a network starts from) with which pretrained encoders are compared
+# The values of `init` (what a network starts from) with which pretrained encoders are compared.
+# "scratch": all weights are random, and no encoder was loaded. "untrained": the encoder
+# RUN/untrained, which a pretraining run stores before its first step; or, in few-shot runs on
+# frozen features, a random encoder.
 BASES = ("scratch", "untrained")
 CHOSEN_BY = {  # task -> the metric by which an epoch or a setting is chosen
     "classify": "overall_accuracy",
@@ -116,7 +119,7 @@ def read_runs(paths: list[Path]) -> tuple[list[Finished], list[str]]:
     """Read the finished runs in the folders `paths` and their sub-folders.
 
     Returns the runs, and a note for each unfinished run. Raises ValueError if a path is not a
-    folder or contains no finished run, or if a result is damaged.
+    folder or contains no finished run, if a run's config.json is damaged, or as `read_run` does.
     """
     kinds = "classify, segment or fewshot"
     found: dict[Path, Path] = {}
@@ -287,8 +290,9 @@ def _spread(values: list[float], sign: str = "") -> str:
 
 
 def _minutes(records: list[dict]) -> str:
-    """Format the mean CPU-minutes of the runs whose cost is known. The minutes before the first
-    step (stage I and cached targets) are included. Return "-" if no cost is known.
+    """Format the mean CPU-minutes of the runs whose cost is known. The minutes before a pretraining
+    run's first step are included: those of stage I (the training of a teacher or of initial
+    weights) and of cached targets. Return "-" if no cost is known.
     """
     costs = [record.get("cost") or {} for record in records]
     known = [cost for cost in costs if cost.get("cpu_seconds")]

@@ -23,8 +23,8 @@ class Sheet(NamedTuple):
 def mean_std(found: Mapping[str, Any], form: str = ".1f") -> str:
     """Return a mean and std as the text "mean ± std", or as "mean" if the std is None.
 
-    found: a dictionary with "mean" and "std", as `moments` returns it. form: the format of both
-    numbers. A + in the format, as in "+.1f", applies to the mean only.
+    found: a dictionary with "mean" and "std", as `moments` of protocol.py returns it. form: the
+    format of both numbers. A + in the format, as in "+.1f", applies to the mean only.
     """
     std = "" if found["std"] is None else f" ± {found['std']:{form.lstrip('+')}}"
     return f"{found['mean']:{form}}{std}"

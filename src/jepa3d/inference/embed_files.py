@@ -133,7 +133,7 @@ def _share_files(out: Path, share: str) -> tuple[dict[int, Path], int]:
             f"--share {share}: {out} has {min(begun - {shares})} shares, so give that number after the /"
         )
     total = min(begun, default=1)
-    # Without --share, this call computes all shares, one after another.
+    # Without --share, this call computes all shares of the folder, one after another.
     numbers = [number] if shares > 1 else range(1, total + 1)
     return {i: out / f"part-{i}of{total}.parquet" for i in numbers}, total
 
@@ -151,7 +151,7 @@ def _collect(
     known: paths that are already in the file. gone: paths whose rows are to be deleted. counts: the
     counts of `embed_files`, to which the results are added. Each write rewrites the whole file. To
     limit this cost, the time from one write to the next is at least `COMMIT_SECONDS`, and at least
-    ten times as long as the write took.
+    ten times as long as the first of the two took. The write at the end does not wait.
     """
     rows: list[tuple] = []
     last, cost = time.monotonic(), 0.0

@@ -52,7 +52,8 @@ class Teacher(nn.Module):
         """
         targets = []
         for network in cast(Iterable[DVAE | PointEncoder], self.networks):
-            # The dVAE always runs in float32, since rounding could change its most likely codes.
+            # The dVAE always runs in float32: half precision would round the logits of its codes,
+            # which could change which code is the most likely.
             exact = isinstance(network, DVAE)
             with torch.autocast(patches.device.type, enabled=False) if exact else nullcontext():
                 states = network.features(patches.float(), centers.float(), self.layers)

@@ -44,8 +44,8 @@ class Attention(nn.Module):
             mask = keys.mask if keys.mask is None else keys.mask.flatten(0, -2)[:, None, None]
         key_value = key_value.flatten(0, -3)
         # If all decoder passes of a cloud (see layout.py) attend to the same keys, the queries of
-        # these passes are joined into one sequence per cloud here. `lead` is the shape before that;
-        # after attention, `out` is reshaped to it.
+        # these passes are joined into one sequence per cloud here. `lead` is the shape before they
+        # are joined; after attention, `out` is reshaped to it.
         lead = query.shape
         query = query.reshape(
             len(key_value), -1, self.num_heads, lead[-1] // self.num_heads

@@ -63,8 +63,8 @@ class Invariance(nn.Module):
         for view in range(settings.global_views + settings.partial_views):
             draws, groups, seen = generator.stream(f"view{view}"), encoder.num_groups, points
             if view >= settings.global_views:
-                # A view with fewer points gets fewer patches, so that its patches are as large as
-                # those of a whole cloud.
+                # A view with fewer points gets fewer patches. So the distances between its patch
+                # centres, and the overlap of its patches, are about those of a whole cloud.
                 groups = max(1, round(share * groups))
                 seen = random_crop(
                     points, max(encoder.group_size, round(share * points.shape[1])), draws

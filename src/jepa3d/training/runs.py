@@ -94,7 +94,8 @@ def read_by(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that a run uses.
 
     If the run's objective is "dvae", "generative" or "invariance" (`STAGE_ONE`), the run uses
-    neither the settings of 3D-JEPA nor those of the other two of these objectives.
+    neither the settings that only 3D-JEPA has (such as `sampler` and `teacher`) nor those of the
+    other two of these objectives.
     """
     objective = settings.get("objective", "jepa")
     if objective not in STAGE_ONE:
@@ -167,8 +168,9 @@ def check_batch(config: RunConfig, name: str, size: int) -> None:
     if weights > memory:
         what = f"encoder.embed_dim {encoder.embed_dim} and depth {encoder.depth} need {weights / 1e9:,.0f} GB of memory"
         raise ValueError(f"{what}, but this machine has {memory / 1e9:,.0f} GB")
-    # A low estimate of the stored activations: each block stores `kept` vectors per visible token,
-    # and at least a fifth (0.2) of the tokens is visible. A number takes 4 bytes.
+    # A low estimate of the stored activations and points. Each block stores `kept` vectors per
+    # visible token. A fifth (0.2) of the tokens is taken to be visible; with the masks of every
+    # preset, more are visible. A point has 3 numbers, and a number takes 4 bytes.
     kept = 1 if config.checkpoint_activations else 8
     tokens = 0.2 * encoder.num_groups * encoder.depth * kept * encoder.embed_dim
     needed = 4 * size // accumulate * (tokens + 3 * encoder.num_points)
