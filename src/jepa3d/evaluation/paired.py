@@ -14,11 +14,11 @@ split or of a validation split.
 
 An encoder's vector of a shape is the mean and the maximum of the last layer's tokens, concatenated.
 If the encoder stores a mean and std of its vectors, all metrics except finetuned use vectors that
-are standardised by this mean and std. The metrics logistic_10 and knn are those of `jepa3d probe
---quick`: each classifier also standardises the vectors by the mean and std of the train shapes to
-which it is fitted. The metrics map and nearest are those of `jepa3d retrieval`, which does not
-standardise the vectors again. For a scored shape that is alone in its class, map and nearest are
-NaN.
+are standardised by this mean and std. The metrics logistic_10 and knn are those of
+`jepa3d probe --quick`: each classifier also standardises the vectors by the mean and std of the
+train shapes to which it is fitted. The metrics map and nearest are those of `jepa3d retrieval`,
+which does not standardise the vectors again. For a scored shape that is alone in its class, map and
+nearest are NaN.
 """
 
 from collections.abc import Callable, Sequence
