@@ -28,8 +28,8 @@ from jepa3d.ops import BatchGenerator
 from jepa3d.run import Run
 
 Target = Path | BinaryIO
-# A t-SNE plot has at most 20 colours, so each group of 20 classes gets its own marker. With more than
-# 160 classes, the markers are used again.
+# A t-SNE plot has at most 20 colours, so each group of 20 classes gets its own marker. With more
+# than 160 classes, the markers are used again.
 _MARKERS = "osD^vP*X"
 _DOTS = 4096  # a picture in a contact sheet shows at most this many points of its cloud
 _DPI = 110

@@ -19,8 +19,8 @@ UNLABELLED = -1  # the part label that means "no label"
 # largest values of three integer types: some files write one of them for "no label", although the
 # type of their labels is wider
 _IGNORED = (2**16 - 1, 2**31 - 1, 2**32 - 1)
-# attribute -> alternatives for the names of its columns, fields or properties; the first alternative
-# that a file has completely is used
+# attribute -> alternatives for the names of its columns, fields or properties; the first
+# alternative that a file has completely is used
 ATTRIBUTE_COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
     "normals": (("nx", "ny", "nz"), ("normal_x", "normal_y", "normal_z")),
     "colors": (("r", "g", "b"), ("red", "green", "blue")),

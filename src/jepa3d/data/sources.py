@@ -29,8 +29,8 @@ from jepa3d.data.text import Table
 from jepa3d.plain import log, printable
 
 _SUFFIXES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz")
-# An archive may unpack to at most 100 times its size, or to 1 GiB if that is more. A larger total is
-# refused, since damaged and malicious archives can claim any size.
+# An archive may unpack to at most 100 times its size, or to 1 GiB if that is more. A larger total
+# is refused, since damaged and malicious archives can claim any size.
 _MOST = 100, 1 << 30
 REFUSAL = "is an archive; unpack it first, or make a store from it with jepa3d prepare"
 # what Python raises for damaged archives

@@ -195,11 +195,11 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> Difference:
 
     This estimates the variance of the mean of a table whose rows and columns are both random (Owen,
     "The pigeonhole bootstrap", Annals of Applied Statistics 1, 2007). The estimate counts the noise
-    of the single differences d[s, i] twice, so the interval is slightly too wide. The half-width of the interval is
-    sqrt(variance) times the 97.5 % quantile of Student's t distribution. The degrees of freedom are
-    (A + B)^2 / (A^2 / (S - 1) + B^2 / (N - 1)) (Satterthwaite, Biometrics Bulletin 2, 1946). A
-    single seed gives no A; the interval then ignores that training runs differ. If all differences
-    are equal, the variance is 0, and the interval has no width.
+    of the single differences d[s, i] twice, so the interval is slightly too wide. The half-width of
+    the interval is sqrt(variance) times the 97.5 % quantile of Student's t distribution. The
+    degrees of freedom are (A + B)^2 / (A^2 / (S - 1) + B^2 / (N - 1)) (Satterthwaite, Biometrics
+    Bulletin 2, 1946). A single seed gives no A; the interval then ignores that training runs
+    differ. If all differences are equal, the variance is 0, and the interval has no width.
     """
     gain = ours - theirs
     terms = []  # (variance, degrees of freedom)

@@ -158,9 +158,9 @@ def _propose(
 
 
 def cluster(x: np.ndarray, count: int) -> Iterator[np.ndarray]:
-    """Cluster vectors [n, E] by spherical k-means: each vector is scaled to length 1 before k-means.
-    Yields for each cluster the indices of its vectors, the largest cluster first. Within a cluster,
-    the vectors are ordered by their distance to its centre, nearest first.
+    """Cluster vectors [n, E] by spherical k-means: each vector is scaled to length 1 before
+    k-means. Yields for each cluster the indices of its vectors, the largest cluster first. Within a
+    cluster, the vectors are ordered by their distance to its centre, nearest first.
     """
     unit = unit_length(x)
     with one_thread():

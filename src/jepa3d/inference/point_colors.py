@@ -28,9 +28,9 @@ ROLE_COLORS = np.array(list(ROLES.values()), np.uint8)
 
 
 class View(NamedTuple):
-    """The drawn points of a cloud, and the tokens of its encoded points (the points that the encoder
-    receives). All coordinates are the encoder's: z-up, with the encoded points in the unit sphere.
-    Drawn points may lie outside the unit sphere.
+    """The drawn points of a cloud, and the tokens of its encoded points (the points that the
+    encoder receives). All coordinates are the encoder's: z-up, with the encoded points in the unit
+    sphere. Drawn points may lie outside the unit sphere.
     """
 
     name: str

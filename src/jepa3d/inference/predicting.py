@@ -124,8 +124,8 @@ def _label(network: Network, category: str | None) -> int:
 def _find(
     paths: Sequence[str | Path], optional: Sequence[str | Path] = ()
 ) -> tuple[dict[str, Item], list[tuple[str, str]]]:
-    """Find the clouds at all paths; each cloud is returned once. Returns a dict from the name of each
-    cloud to its `Item` (clouds.py), and a pair (path, reason) for each file without a cloud.
+    """Find the clouds at all paths; each cloud is returned once. Returns a dict from the name of
+    each cloud to its `Item` (clouds.py), and a pair (path, reason) for each file without a cloud.
 
     The name of a cloud begins with the first of the paths at which the cloud was found. optional:
     as for `clouds.py::find_clouds`. Raises ReadError as `find_clouds` does.
@@ -144,8 +144,8 @@ def _find(
 def _predictions(
     network: Network, items: dict[str, Item], label: int, up_axis: str
 ) -> Iterator[tuple[Prediction, Seen | None]]:
-    """Yield, for each cloud, the prediction and a `Seen` (embedding.py), which holds the cloud as it
-    was read and as the encoder receives it. For a cloud that cannot be used, None is yielded
+    """Yield, for each cloud, the prediction and a `Seen` (embedding.py), which holds the cloud as
+    it was read and as the encoder receives it. For a cloud that cannot be used, None is yielded
     instead of `Seen`.
     """
     for name, item in items.items():

@@ -71,9 +71,9 @@ class ContextAwareDecoder(nn.Module):
     paper's overview picture. isolated: no mask token sees another mask token (AsymDSD, arXiv
     2506.21724), so one pass is enough. ranks: positions are embedded from `token_ranks` instead of
     coordinates, as in MPL-MAE (arXiv 2606.31570), but without the gate of that method. Without
-    `ranks`, positions are embedded by the encoder's MLP `position`. depth: with 0, there are no layers,
-    and `forward` is not used; instead, objectives/jepa.py passes the rows that `assemble` returns
-    through the encoder's blocks.
+    `ranks`, positions are embedded by the encoder's MLP `position`. depth: with 0, there are no
+    layers, and `forward` is not used; instead, objectives/jepa.py passes the rows that `assemble`
+    returns through the encoder's blocks.
     """
 
     def __init__(
