@@ -446,8 +446,8 @@ def resolve(*layers: dict) -> PretrainConfig:
     settings with its own schedule. For example, `generative.max_steps` is the number of steps of
     the masked autoencoder. If the run's objective is `generative`, the run and the group
     `generative` have the same schedule, so `max_steps` and `generative.max_steps` are the same
-    setting. If one dictionary has both, the value of `generative.max_steps` is used. Raises
-    ValueError as `from_dict` does.
+    setting. Its default is the default of the group. If one dictionary has both names, the value of
+    `generative.max_steps` is used. Raises ValueError as `plain.py::from_dict` does.
     """
     objective = merge({}, *layers).get("objective", "jepa")
     if objective in STAGE_ONE:

@@ -28,7 +28,8 @@ from jepa3d.ops import BatchGenerator
 from jepa3d.run import Run
 
 Target = Path | BinaryIO
-# A t-SNE plot has at most 20 colours, so each group of 20 classes gets its own marker.
+# A t-SNE plot has at most 20 colours, so each group of 20 classes gets its own marker. With more
+# than 160 classes, the markers are used again.
 _MARKERS = "osD^vP*X"
 _DOTS = 4096  # a picture in a contact sheet shows at most this many points of its cloud
 _DPI = 110
@@ -140,7 +141,8 @@ def draw_curves(run: Path, path: Target, selected: str = "validation") -> None:
     for accuracies. A panel is omitted if the run has logged none of its metrics.
 
     The losses include those of two baselines: predictions from positions alone, and the best
-    constant prediction. The panel of effective ranks also shows the perplexity of a dVAE's codes.
+    constant prediction. The effective ranks are the logged values whose names end in "_rankme"
+    (RankMe). Their panel also shows the perplexity of a dVAE's codes.
     selected: the legend's text for the logged score by which fine-tuning chose the epoch whose
     weights it kept. Raises ValueError if the run has not logged any step.
     """
@@ -194,7 +196,8 @@ def draw_learning_curves(curves: list[Curve], path: Target, title: str) -> None:
 def draw_differences(rows: Sequence[Row], path: Target, title: str) -> None:
     """Plot differences from a reference with their 95 % intervals, one panel per metric.
 
-    An arm is a configuration that was compared. A panel has one line for each arm and each baseline
+    An arm is a configuration that was compared; the reference is one of the arms. A panel has one
+    line for each other arm and for each baseline (an untrained encoder or a handcrafted descriptor)
     on each data set. The line is green if the arm or baseline is better than the reference, red if
     it is worse, and grey if the verdict is undecided.
     """
@@ -225,7 +228,8 @@ def draw_contact_sheet(clouds: list[np.ndarray], titles: list[str], path: Target
     6 pictures.
 
     clouds: an array [N, 3] for each cloud, with z up. The pictures show the clouds from the front
-    right.
+    right (`_FRONT_RIGHT`). A PNG with a palette of 32 colours is much smaller than one with all
+    colours.
     """
     cell, caption = 190, 46  # pixels
     columns = min(6, len(clouds))
@@ -284,7 +288,8 @@ def _caption(title: str, width: int = 28, lines: int = 3) -> str:
     """Wrap a title to at most `lines` lines of `width` characters.
 
     If a title is longer than three quarters of this space, its middle is left out. The rest of the
-    space is reserved, since lines break between words and so are not full.
+    space is reserved, since lines break between words and so are not full. If the title still needs
+    more than `lines` lines, its end is cut off.
     """
     wrapped = textwrap.wrap(shortened(title, width * lines * 3 // 4), width)
     return _text("\n".join(wrapped[:lines]))

@@ -8,7 +8,8 @@ from cyclopts import Parameter
 from jepa3d.cli.pretraining import going_on_with
 from jepa3d.run import Run
 
-# The defaults of five arguments of `probe`: layer, pooling, protocols, quick and per_class.
+# The defaults of five arguments of `probe`: layer, pooling, protocols, quick and per_class. With
+# --corruptions or --parts, `probe` accepts only these values.
 _CHOICES = ("best", "mean_max", None, False, None)
 
 
@@ -103,7 +104,8 @@ def probe(
     usual = ("labels", "up-z", "layerbest", "mean_max", "test")
     special = [word for word in words if word not in usual]
     special += ["quick"] * quick + ["corruptions"] * corruptions + ["parts"] * parts
-    # An encoder's result goes to the current folder, so the file name contains the encoder's name.
+    # If RUNS is an encoder and not a run, the file is written to the current folder. So the default
+    # name of the file contains the encoder's name.
     if not (run := Run.is_at(runs[0])):
         special.insert(0, runs[0].name)
     if out is None:

@@ -14,14 +14,15 @@ _DEFAULT = PretrainConfig()
 
 @contextmanager
 def going_on_with(command: str) -> Iterator[None]:
-    """Context manager: if a run is interrupted, the message also says how to continue the run.
+    """Context manager: if the block is interrupted after a run was saved, the KeyboardInterrupt's
+    message also says how to continue the run.
 
     command: the text that follows "continue with" in the message, such as " the same command".
     """
     try:
         yield
     except KeyboardInterrupt as stop:
-        if not str(stop):  # nothing was saved, so nothing can be continued
+        if not str(stop):  # without a message, nothing was saved, so nothing can be continued
             raise
         raise KeyboardInterrupt(f"{stop}; continue with{command}") from None
 

@@ -19,7 +19,8 @@ UNLABELLED = -1  # the part label that means "no label"
 # largest values of three integer types: some files write one of them for "no label", although the
 # type of their labels is wider
 _IGNORED = (2**16 - 1, 2**31 - 1, 2**32 - 1)
-# attribute -> names that its columns, fields or properties may have; the first match is used
+# attribute -> alternatives for the names of its columns, fields or properties; the first
+# alternative that a file has completely is used
 ATTRIBUTE_COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
     "normals": (("nx", "ny", "nz"), ("normal_x", "normal_y", "normal_z")),
     "colors": (("r", "g", "b"), ("red", "green", "blue")),
@@ -68,11 +69,12 @@ class PointCloud:
     def make(xyz: np.ndarray, unseen: int = 0, **attributes) -> "PointCloud":
         """Create a cloud from coordinates [N, 3] of any number type; NaN points are left out.
 
-        unseen: number of NaN points that the caller has already left out. attributes: other fields
-        of this class; normals, colors and parts must have N rows. Raises ReadError if `xyz` is no
-        array of points, if all points are NaN or equal, if a coordinate is infinite or its absolute
-        value is at least 1e30, if a face has a NaN vertex, or if normals, colors or parts have
-        another number of rows.
+        Further columns of `xyz` are ignored. unseen: number of NaN points that the caller
+        has already left out. attributes: other fields of this class; normals, colors and parts must
+        have N rows. Raises ReadError if `xyz` is no array of points (see `check_shape`) or has no
+        points, if all points are NaN or equal, if a coordinate is infinite or its absolute value is
+        at least 1e30, if a face has a NaN vertex, or if normals, colors or parts have another
+        number of rows.
         """
         check_shape(xyz := np.asarray(xyz))
         xyz, faces = xyz[:, :3].astype(np.float64), attributes.get("faces")
@@ -98,7 +100,9 @@ class PointCloud:
         return PointCloud(points, origin, unseen=unseen, **attributes)
 
     def take(self, index: np.ndarray) -> "PointCloud":
-        """Return a cloud of the points at an array of indices, with attributes but no faces."""
+        """Return a cloud of the points at an array of indices, with their normals, colors and
+        parts, but without faces.
+        """
         arrays = {name: getattr(self, name) for name in ("points", *ATTRIBUTES)}
         kept = {key: None if old is None else old[index] for key, old in arrays.items()}
         return replace(self, faces=None, **kept)
@@ -153,7 +157,7 @@ class PointCloud:
 
         The cloud must have fewer than `count` points. If several points are equal, only one of them
         is kept. `frame.py::fill` says how the copies are moved. Raises ReadError for fewer than
-        min(LEAST, count) different points.
+        min(LEAST, count) different points; LEAST (frame.py) is 64.
         """
         different = np.unique(self.points, axis=0, return_index=True)[1]
         if len(different) < (needed := min(LEAST, count)):
@@ -182,7 +186,8 @@ class PointCloud:
 def check_shape(xyz: np.ndarray) -> None:
     """Raise ReadError unless `xyz` is an array of numbers with shape [n, D], D >= 3.
 
-    Arrays [3, D] with D > 32 are refused as well, since their points are most likely in columns.
+    Arrays [3, D] with D > 32 are refused as well: three points with so many values each are
+    unlikely, so most likely each column is a point.
     """
     found = f"expected an array of points [n, 3], found {xyz.dtype} {list(xyz.shape)}"
     if xyz.ndim != 2 or xyz.shape[1] < 3 or xyz.dtype.kind not in "iuf":
@@ -209,8 +214,8 @@ def to_parts(values: np.ndarray) -> np.ndarray:
 
     Negative values, NaN, the values in `_IGNORED` and the largest value of the labels' own integer
     type become UNLABELLED. Call this where labels are used, not when a file is read, so that bad
-    labels do no harm to other uses of a file. Raises ReadError for other values that are not whole
-    numbers from 0 to 32,767.
+    labels do no harm to other uses of a file. Raises ReadError for labels that are not numbers, and
+    for all other values that are not whole numbers from 0 to 32,767.
     """
     values = np.asarray(values)
     if values.dtype.kind not in "biuf":
@@ -229,10 +234,10 @@ def to_parts(values: np.ndarray) -> np.ndarray:
 def to_bytes(colors: np.ndarray) -> np.ndarray:
     """Convert colours [N, 3] to uint8.
 
-    The range of the colours follows from their type and their largest value. Floats that are all
-    below 2 are taken as fractions, since fractions are slightly above 1 in some files. If the
-    largest value is above 255, the colours have 16 bits. All other colours go from 0 to 255. NaN
-    and infinity become 0.
+    The range of the colours is guessed from their type and their largest value. Floats that are all
+    below 2 are taken as fractions of 1; the limit is not 1, since in some files they are slightly
+    above 1. If the largest value is above 255, the range is that of 16 bits, 0 to 65,535. In all
+    other cases, the range is 0 to 255. NaN and infinity become 0.
     """
     colors = np.asarray(colors)
     if colors.dtype == np.uint8:
@@ -347,8 +352,8 @@ def collected(chunks: Iterable[np.ndarray], names: Iterable[str]) -> PointCloud:
 
     If more than MAX_POINTS rows are left without NaN points, a random sample of MAX_POINTS of them
     is kept. names: the names of the first columns (at most D names); the first three are x, y and
-    z. An attribute is left out if one of its columns has no finite value. Raises ReadError for
-    unusable points.
+    z. An attribute is left out if one of its columns has no finite value. Raises ReadError as
+    `PointCloud.make` does.
     """
     reservoir, unseen = Reservoir(), 0
     for rows in chunks:

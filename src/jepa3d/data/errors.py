@@ -12,13 +12,16 @@ from typing import Any, NoReturn
 from jepa3d.data.cloud import ReadError
 from jepa3d.plain import printable
 
-# without a handler, log lines of laspy would be printed beside our error message
+# If laspy's logger had no handler, Python would print its log lines beside our error message.
 logging.getLogger("laspy").addHandler(logging.NullHandler())
 
 
 @contextmanager
 def as_read_error(path: Path) -> Iterator[None]:
-    """Turn every error that a parser raises in this block into a ReadError that names the file."""
+    """Turn every error that a parser raises in this block into a ReadError that names the file.
+
+    Warnings in the block are not shown.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -48,7 +51,8 @@ def first_line(error: Any) -> str:
 def because(name: str, reason: str) -> str:
     """Return "name: reason" for an unusable file, on one line.
 
-    If the reason already begins with the path of the file, the path is not repeated.
+    name: path of the file; for one cloud of a file of many clouds, the path with #row added. If the
+    reason already begins with the path of the file, the path is not repeated.
     """
     last = re.escape(name.rsplit("/", 1)[-1])
     file = re.sub(r"\\#\d+$", "", last)
@@ -59,8 +63,9 @@ def because(name: str, reason: str) -> str:
 def refuse(message: str) -> NoReturn:
     """Raise a ReadError.
 
-    Some files are found to be unusable before they are read. In a list of clouds to read, such a
-    file has this function as its reader. So the error is raised when the file's turn comes.
+    Some files are found to be unusable before they are read. The entry of such a file (entries.py)
+    has this function, with the message, as its reader `Entry.read`. So the error is raised when the
+    file's turn comes.
     """
     raise ReadError(message)
 

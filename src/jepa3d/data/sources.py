@@ -1,7 +1,7 @@
 """Find the clouds at a path: a published benchmark, a folder of files, or one file.
 
-Only `jepa3d prepare` unpacks archives, since it copies the clouds to a store; other commands refuse
-archives.
+Only `jepa3d prepare` unpacks archives, since it copies the clouds to a store (store.py); other
+commands refuse archives.
 """
 
 import os
@@ -29,7 +29,8 @@ from jepa3d.data.text import Table
 from jepa3d.plain import log, printable
 
 _SUFFIXES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz")
-# an archive may unpack to at most 100 times its size, or to 1 GiB if that is more
+# An archive may unpack to at most 100 times its size, or to 1 GiB if that is more. A larger total
+# is refused, since damaged and malicious archives can claim any size.
 _MOST = 100, 1 << 30
 REFUSAL = "is an archive; unpack it first, or make a store from it with jepa3d prepare"
 # what Python raises for damaged archives
@@ -46,7 +47,8 @@ def discover(
 
     variant: name of the variant, if a benchmark has several. columns, reader: as for
     `io.py::read`; with a reader, no folder is treated as a benchmark. Raises ReadError if there is
-    no cloud, or if `root` is an archive.
+    no cloud, if `root` is an archive, if COUNT is not a positive number, if a few-shot fold (.pkl)
+    cannot be read, or as `benchmarks.py::benchmark_at` does.
     """
     how = columns, reader
     if count := procedural.count_of(root):
@@ -127,7 +129,8 @@ def _files(root: Path, variant: str | None, *how: Any) -> Source:
         except ReadError as error:
             entries.append(Entry(key, partial(refuse, str(error)), label, split))
     if len(benchmarks) == 1 and len(entries) == len(benchmarks[0].entries):
-        # the folder holds nothing but one benchmark, which is typical of an unpacked archive
+        # All clouds belong to one benchmark in a folder below `root`, which is typical of an
+        # unpacked archive. So the source is treated as this benchmark.
         return replace(benchmarks[0], entries=entries, skipped=skipped)
     classes = {entry.label for entry in entries}
     if both := sorted(label for label in classes if label and split_of(label)):
@@ -170,14 +173,15 @@ def is_archive(path: Path) -> bool:
 def unpacked(source: Path, out: Path) -> Iterator[Path]:
     """Unpack an archive to a temporary folder beside `out`; yield the folder, then remove it.
 
-    Any other source is yielded as it is. The caller must hold the lock of `out`. Raises ReadError
-    for an archive that is damaged or too large, or that would write outside its folder.
+    Any other source is yielded as it is. The caller must hold the lock of `out` (locking.py).
+    Raises ReadError for an archive that is damaged, that would unpack to more bytes than `_MOST`
+    allows or than the disk has free, or that would write outside its folder.
     """
     if not (source.is_file() and is_archive(source)):
         yield source
         return
     out.parent.mkdir(parents=True, exist_ok=True)
-    # the caller holds the lock, so these folders are leftovers of a killed command
+    # The caller holds the lock, so no other command uses these folders: a killed command left them.
     for left in out.parent.glob(f".{escape(out.name)}.unpacked-*"):
         shutil.rmtree(left)
     made = tempfile.mkdtemp(prefix=f".{out.name}.unpacked-", dir=out.parent)
@@ -216,7 +220,9 @@ def _untar(source: Path, folder: Path) -> None:
 
 
 def _check_size(source: Path, folder: Path, total: int) -> None:
-    """Raise ReadError if the files are far larger than their archive or do not fit on the disk."""
+    """Raise ReadError if `total`, the size of all unpacked files in bytes, is more than `_MOST`
+    allows or than the disk has free.
+    """
     with as_read_error(source):
         check_unpacked(source, total, *_MOST)
         if total > (free := shutil.disk_usage(folder).free):

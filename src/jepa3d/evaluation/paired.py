@@ -1,7 +1,8 @@
 """Compare encoders shape by shape: score frozen vectors on every single shape, and compute paired
 differences. Each difference has a verdict and a 95 % interval, which accounts for the random choice
 of seeds and shapes. The settings of the classifiers of frozen vectors are fixed; none is chosen by
-a score.
+a score. The classifiers are fitted to the train shapes. The scored shapes are those of the test
+split or of a validation split.
 
 | metric      | score of one shape, in per cent                                                   |
 |-------------|-----------------------------------------------------------------------------------|
@@ -12,11 +13,12 @@ a score.
 | finetuned   | 100 if a network fine-tuned from the encoder is correct, else 0 (if requested)    |
 
 An encoder's vector of a shape is the mean and the maximum of the last layer's tokens, concatenated.
-If the encoder stores a mean and std of its vectors, all metrics use vectors standardised by these.
-The metrics logistic_10 and knn are those of `jepa3d probe --quick`: each classifier also
-standardises the vectors by the mean and std of the train shapes to which it is fitted. The metrics
-map and nearest are those of `jepa3d retrieval`, which does not standardise the vectors again. Both
-are NaN for a shape that is alone in its class.
+If the encoder stores a mean and std of its vectors, all metrics except finetuned use vectors that
+are standardised by this mean and std. The metrics logistic_10 and knn are those of
+`jepa3d probe --quick`: each classifier also standardises the vectors by the mean and std of the
+train shapes to which it is fitted. The metrics map and nearest are those of `jepa3d retrieval`,
+which does not standardise the vectors again. For a scored shape that is alone in its class, map and
+nearest are NaN.
 """
 
 from collections.abc import Callable, Sequence
@@ -128,7 +130,9 @@ def kept_outcomes(
     """Read `outcomes` from folder/scores-NAME-*.json. If the file is missing, compute them from
     `vectors()` and write the file.
 
-    name: what the vectors come from, see `vectors_by`. seed: as in `classifying`.
+    name: what the vectors come from, see `vectors_by`. seed: as in `classifying`. The star stands
+    for the name of the data set, the scored split, and a hash that changes with the data and with
+    the version of jepa3d (`Labelled.key` in labelled.py).
     """
     stem = Path(data.name).stem.replace(":", "-")
     file = folder / f"scores-{name}-{stem}-{data.part}-{data.key}.json"
@@ -183,17 +187,19 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> Difference:
     """Return the mean of ours - theirs with its 95 % interval.
 
     ours, theirs: scores [seeds, shapes]; both have the same seeds and shapes. Seeds and shapes are
-    both random samples, and a shape that is hard for one run is usually hard for the other runs.
-    Let d[s, i] = ours - theirs for S seeds and N shapes, and take sample variances:
+    both random samples. The S * N differences d = ours - theirs of S seeds and N shapes are not
+    independent: a shape that is hard for one run is usually hard for the other runs. So the
+    variance of their mean is estimated from the sample variances over seeds s and over shapes i:
 
         variance = A + B,  A = var_s(mean_i d) / S,  B = var_i(mean_s d) / N
 
     This estimates the variance of the mean of a table whose rows and columns are both random (Owen,
     "The pigeonhole bootstrap", Annals of Applied Statistics 1, 2007). The estimate counts the noise
-    of single cells twice, so the interval is slightly too wide. The half-width of the interval is
-    sqrt(variance) times the 97.5 % quantile of Student's t distribution. The degrees of freedom are
-    (A + B)^2 / (A^2 / (S - 1) + B^2 / (N - 1)) (Satterthwaite, Biometrics Bulletin 2, 1946). A
-    single seed gives no A; the interval then ignores that training runs differ.
+    of the single differences d[s, i] twice, so the interval is slightly too wide. The half-width of
+    the interval is sqrt(variance) times the 97.5 % quantile of Student's t distribution. The
+    degrees of freedom are (A + B)^2 / (A^2 / (S - 1) + B^2 / (N - 1)) (Satterthwaite, Biometrics
+    Bulletin 2, 1946). A single seed gives no A; the interval then ignores that training runs
+    differ. If all differences are equal, the variance is 0, and the interval has no width.
     """
     gain = ours - theirs
     terms = []  # (variance, degrees of freedom)
@@ -210,7 +216,8 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> Difference:
 
 class Row(NamedTuple):
     """The scores of one arm or baseline under one metric on one data set. An arm is a configuration
-    that is trained with several seeds.
+    that is trained with several seeds. A baseline is an untrained encoder or a handcrafted
+    descriptor (`vectors_by`).
     """
 
     data: str
@@ -257,8 +264,8 @@ def sheets_of(
 
     rows: each one becomes a cell of a table. The cell shows the difference from the reference, its
     interval and its verdict. Without a difference (as for the reference itself), the cell shows
-    mean ± std over seeds. minutes: arm -> CPU-minutes. failed: arm -> why it failed. about: data
-    set -> its description.
+    mean ± std over seeds. minutes: arm -> CPU-minutes of one training run, averaged over seeds.
+    failed: arm -> why it failed. about: data set -> its description.
     """
     # data set -> row -> metric -> cell
     tables: dict[str, dict[str, dict[str, str]]] = {}

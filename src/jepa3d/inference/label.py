@@ -12,11 +12,12 @@ OUT/labels.csv       written together with OUT/model; one row per cloud, least c
                      columns are path, class, probability, second (the second most probable class)
                      and second_probability
 
-With `--unknown`, a cloud is unknown if it resembles none of the named clouds: the cosine of its
-vector with the nearest class mean is below a threshold. In labels.csv, its class is then `unknown`,
-its probability is empty, and `second` is the most probable named class. This measure was chosen
-among five by experiments in which whole classes were left unnamed (docs/experiments.md,
-benchmarks/unknown.py).
+With `--unknown`, a cloud is unknown if it resembles none of the named clouds (those with a name in
+names.csv): the cosine between its vector and the nearest class mean is below a threshold, which
+`known_clouds` computes. In labels.csv, the class of an unknown cloud is `unknown`, its probability
+is empty, and `second` is the most probable named class. The cosine with the nearest class mean was
+chosen among five measures by experiments in which whole classes were left unnamed
+(docs/experiments.md, benchmarks/unknown.py).
 """
 
 import csv
@@ -44,7 +45,8 @@ from jepa3d.training.checkpoint import replace_folder
 SHOWN = 6  # clouds shown per cluster
 FALSE_ALARMS = 0.05  # about this share of the clouds of named classes is wrongly called unknown
 # The threshold needs at least this many named clouds. With 19 named clouds, the chance that a new
-# cloud of their classes has a lower cosine than all of them is 1 in 20.
+# cloud of their classes has a lower cosine than all of them is 1 in 20, which is FALSE_ALARMS. With
+# fewer named clouds, even the lowest of their cosines would give more false alarms.
 FEWEST = 19
 _SEED = 0
 
@@ -65,9 +67,10 @@ def label(
     does not exist or has no names, the clouds are clustered, and in a terminal the user is asked
     for names. clusters: number of clusters; the default is the square root of half the number of
     clouds, but at least 2 and at most 40. unknown: give the label "unknown" to clouds that resemble
-    no named cloud. Raises ValueError for wrong settings, or if there are too few named clouds for
-    `unknown`. Raises ReadError if the file of names cannot be used, or if none of the clouds can be
-    used.
+    no named cloud. Raises ValueError for the up axis "none", for a number of clusters that is not
+    between 2 and the number of clouds, if there are too few named clouds for `unknown`, if a class
+    is named "unknown" although `unknown` is True, and as `embed_files` does. Raises ReadError if
+    the file of names cannot be used, and as `embed_files` does.
     """
     if up_axis == "none":
         raise ValueError("--up-axis none: jepa3d predict cannot use it; give x, y or z")
@@ -127,8 +130,8 @@ def _propose(
     """Cluster vectors [n, E], and write clusters.html and names.csv. In a terminal, also ask for
     the clusters' names.
 
-    Returns the names typed in the terminal, as a dict from path to name. Raises ValueError for an
-    impossible number of clusters.
+    Returns the names typed in the terminal, as a dict from path to name. Raises ValueError for
+    fewer than 2 clusters, or more clusters than clouds.
     """
     count = clusters or min(40, max(2, round((len(x) / 2) ** 0.5)))
     if not 2 <= count <= len(x):
@@ -155,9 +158,9 @@ def _propose(
 
 
 def cluster(x: np.ndarray, count: int) -> Iterator[np.ndarray]:
-    """Cluster vectors [n, E] by spherical k-means. Yields for each cluster the indices of its
-    vectors, the largest cluster first. Within a cluster, the vectors are ordered by their distance
-    to its centre, nearest first.
+    """Cluster vectors [n, E] by spherical k-means: each vector is scaled to length 1 before
+    k-means. Yields for each cluster the indices of its vectors, the largest cluster first. Within a
+    cluster, the vectors are ordered by their distance to its centre, nearest first.
     """
     unit = unit_length(x)
     with one_thread():

@@ -28,8 +28,9 @@ ROLE_COLORS = np.array(list(ROLES.values()), np.uint8)
 
 
 class View(NamedTuple):
-    """The drawn points of a cloud, and the tokens computed from its encoded points. All coordinates
-    are the encoder's: z-up, with the encoded points in the unit sphere.
+    """The drawn points of a cloud, and the tokens of its encoded points (the points that the
+    encoder receives). All coordinates are the encoder's: z-up, with the encoded points in the unit
+    sphere. Drawn points may lie outside the unit sphere.
     """
 
     name: str
@@ -55,8 +56,8 @@ def view_of(
     """Read and encode a cloud for the viewer. The encoder's input and the vector are the same as in
     `jepa3d embed`.
 
-    layer, pooling: used for the vector only. Raises ReadError or OSError if the cloud cannot be
-    read.
+    layer, pooling: used for the vector only. Raises ReadError if the cloud cannot be read, or has
+    too few different points for the encoder.
     """
     _, cloud, turned, seen = see(encoder, item, up_axis)
     states, centers = encoder.states(torch.from_numpy(seen.points)[None])
@@ -108,7 +109,8 @@ def similarity(view: View, point: int) -> np.ndarray:
     with the index `point`.
     """
     # The cosines are computed from dot products of tokens, since the features [N, C] of all points
-    # would take more memory: by default, C is six times as large as the number of tokens.
+    # would take more memory than arrays [N, M]: with the default settings of `PointEncoder`, C is
+    # 384 and the number of tokens M is 64.
     products = view.tokens @ view.tokens.T
     dot = view.weights @ (products @ view.weights[point])
     squared_norm = ((view.weights @ products) * view.weights).sum(1).clamp_min(1e-30)
@@ -116,10 +118,12 @@ def similarity(view: View, point: int) -> np.ndarray:
 
 
 def sample_roles(view: View, generator: torch.Generator) -> np.ndarray:
-    """Sample a context and targets from the tokens, as in pretraining. Returns roles [N]: for
-    each point, the role of the nearest token (0 unused, 1 context, 2 and higher the targets).
+    """Sample a context and targets from the tokens, as in pretraining with the paper's sampler
+    (sampling.py). Returns roles [N]: for each point, the role of the nearest token (0 unused,
+    1 context, 2 and higher the targets).
 
-    A token in several targets gets the role of the last of them. Raises ValueError if there are too
+    The sampler is always `multi_block`, even if the encoder was pretrained with another sampler. A
+    token in several targets gets the role of the last of them. Raises ValueError if there are too
     few tokens.
     """
     sample = multi_block(view.centers[None], generator, num_targets=len(ROLES) - 2)

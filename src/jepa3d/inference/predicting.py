@@ -24,7 +24,7 @@ from jepa3d.models.ready import Network, load_network
 from jepa3d.plain import log, progress_bar, write_bytes, write_csv
 
 CSV_COLUMNS = ("class", "probability", "second", "second_probability")
-_CHUNK = 2**16  # number of points that are segmented at once
+_CHUNK = 2**16  # at most this many points are segmented at once, to bound the memory
 
 
 @dataclass(frozen=True)
@@ -124,11 +124,11 @@ def _label(network: Network, category: str | None) -> int:
 def _find(
     paths: Sequence[str | Path], optional: Sequence[str | Path] = ()
 ) -> tuple[dict[str, Item], list[tuple[str, str]]]:
-    """Find the clouds at all paths; each cloud is returned once. Returns a dict from name to item,
-    and a pair (path, reason) for each file without a cloud.
+    """Find the clouds at all paths; each cloud is returned once. Returns a dict from the name of
+    each cloud to its `Item` (clouds.py), and a pair (path, reason) for each file without a cloud.
 
     The name of a cloud begins with the first of the paths at which the cloud was found. optional:
-    see `find_clouds`.
+    as for `clouds.py::find_clouds`. Raises ReadError as `find_clouds` does.
     """
     items, names, skipped = {}, {}, []
     for path in paths:
@@ -144,8 +144,9 @@ def _find(
 def _predictions(
     network: Network, items: dict[str, Item], label: int, up_axis: str
 ) -> Iterator[tuple[Prediction, Seen | None]]:
-    """Yield, for each cloud, the prediction and a `Seen`, which holds the cloud as it was read and
-    as the encoder receives it. For a cloud that cannot be used, None is yielded instead of `Seen`.
+    """Yield, for each cloud, the prediction and a `Seen` (embedding.py), which holds the cloud as
+    it was read and as the encoder receives it. For a cloud that cannot be used, None is yielded
+    instead of `Seen`.
     """
     for name, item in items.items():
         try:

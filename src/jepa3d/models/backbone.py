@@ -23,6 +23,7 @@ from jepa3d.shapes import Centers, Tokens
 if TYPE_CHECKING:
     from transformers import ViTModel
 
+# The next two values are those of ACT.
 NUM_PROMPTS = 64  # prompt tokens per layer
 DROPOUT = 0.1  # share of the prompts' elements that are set to 0 in training
 HINT = (

@@ -1,5 +1,5 @@
 """The context-aware decoder (the paper's section III-D), whose layers all attend to the encoded
-context.
+context. In this file, "the paper" is the 3D-JEPA paper (docs/method.md).
 """
 
 import torch
@@ -70,7 +70,10 @@ class ContextAwareDecoder(nn.Module):
     the passes run as one batch of B * A. stacked: all target blocks share one pass, as in the
     paper's overview picture. isolated: no mask token sees another mask token (AsymDSD, arXiv
     2506.21724), so one pass is enough. ranks: positions are embedded from `token_ranks` instead of
-    coordinates, as in MPL-MAE (arXiv 2606.31570), but without the gate of that method.
+    coordinates, as in MPL-MAE (arXiv 2606.31570), but without the gate of that method. Without
+    `ranks`, positions are embedded by the encoder's MLP `position`. depth: with 0, there are no
+    layers, and `forward` is not used; instead, objectives/jepa.py passes the rows that `assemble`
+    returns through the encoder's blocks.
     """
 
     def __init__(

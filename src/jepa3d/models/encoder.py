@@ -30,8 +30,8 @@ class PointEncoder(
 ):
     """Encode point clouds with a light PointNet per patch and a plain pre-LN transformer.
 
-    The defaults are the paper's encoder (21.8 M parameters); docs/settings.md explains every
-    argument. `save_pretrained(folder)` writes config.json and model.safetensors, which
+    The defaults are the encoder of the 3D-JEPA paper (21.8 M parameters); docs/settings.md explains
+    every argument. `save_pretrained(folder)` writes config.json and model.safetensors, which
     `PointEncoder.from_pretrained(folder or Hub id)` loads. Raises ValueError if `num_groups` or
     `group_size` exceeds `num_points`, or if `embed_dim` is not a multiple of `num_heads`.
 
@@ -158,8 +158,8 @@ class PointEncoder(
         without gradient.
 
         Returns [B, num_points, 3] on the encoder's device. Raises ValueError if there are no
-        clouds, if a cloud has NaN, infinity or a wrong shape, or if it has fewer than `min_points`
-        different points.
+        clouds, if a cloud has a wrong shape or number type, if a coordinate is NaN, infinite or at
+        least 1e30, or if a cloud has fewer than `min_points` different points.
         """
         if isinstance(clouds, Tensor | np.ndarray):
             if clouds.ndim not in (2, 3):
@@ -330,6 +330,9 @@ def calibrate_batchnorm(encoder: PointEncoder, points: Points, batch_size: int =
 def standardise_vectors(encoder: PointEncoder, points: Points, batch_size: int = 64) -> None:
     """Make the encoder standardise its vectors, so that over the n clouds `points` [n, N, 3] each
     channel has mean 0 and standard deviation 1.
+
+    The mean and standard deviation are those of the vectors from the last block with the pooling
+    "mean_max". They also contain the values for the poolings "mean" and "max".
 
     Without this, the similarity of two vectors would mostly depend on a few channels of large
     variance and on the mean of all vectors.

@@ -3,7 +3,8 @@
 A sampler takes token centres and a random generator. Tokens are chosen separately for each cloud of
 a batch, but the sizes of blocks are chosen once per batch, so that targets need no padding. Context
 and targets never share a token. Contexts differ in length and are padded: a padding entry repeats a
-token of the same context and is False in `mask`.
+token of the same context and is False in `mask`. In this file, "the paper" is the 3D-JEPA paper
+(docs/method.md).
 """
 
 from typing import NamedTuple
@@ -28,6 +29,7 @@ Generator = torch.Generator | BatchGenerator
 
 
 class TokenSample(NamedTuple):
+    # B clouds; V: length of the longest context; A: targets per cloud; T: tokens per target
     context: Tensor  # B V, token indices
     mask: Tensor  # B V, False at padding
     target: Tensor  # B A T, token indices

@@ -22,8 +22,9 @@ class Supervised(nn.Module):
     """Train with cross-entropy and label smoothing; clouds or points without a label are ignored.
 
     trained: "all" trains all weights; "head" freezes the encoder and trains the head alone;
-    "head_first", for a head that was fitted before, trains all weights, but the statistics of the
-    encoder's BatchNorms stay as they are.
+    "head_first" trains all weights, but the statistics of the encoder's BatchNorms stay as they
+    are, since the head was already fitted to vectors that the encoder computed with them
+    (training/finetune.py).
 
     >>> # labels: [B]; parts: [B, N]
     >>> output = Supervised(classifier)(points, BatchGenerator(0), 0.0, labels)
@@ -62,6 +63,8 @@ class Supervised(nn.Module):
     ) -> SupervisedOutput:
         """Compute the loss for points [B, N, 3] with labels [B] and, for a segmenter, parts [B, N].
 
+        labels: classes; for a segmenter, the categories of the clouds, which are an input of the
+        network. parts: part labels, the targets of a segmenter.
         generator: source of all random draws. progress: unused; other objectives may need it.
         """
         if isinstance(self.network, Segmenter):
