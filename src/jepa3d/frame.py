@@ -1,9 +1,10 @@
 """Convert point clouds to the normalised points that an encoder sees. This file needs only numpy.
 
-Every use of an encoder goes through `frame`. So the vector of a cloud depends only on the cloud's
-set of points, not on their order, a file's name, other clouds or random numbers. `jepa3d export`
-copies this file to grouping.py beside the exported model. Inside the package, a compiled function
-of ops.py replaces `farthest_point_sample` below and chooses the same points.
+Every vector of a cloud is computed from the points that `frame` returns. So the vector depends only
+on the cloud's set of points, not on their order, a file's name, other clouds or random numbers.
+`jepa3d export` copies this file to grouping.py beside the exported model. Inside the package,
+`sample_one` of ops.py replaces `farthest_point_sample` below. If a compiled sampler is installed,
+`sample_one` calls that sampler, which chooses the same points, except where distances are equal.
 """
 
 from collections.abc import Callable
@@ -12,9 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 FRAME = 3  # version of the rules in this file; vectors of different versions are not comparable
-# If a cloud has fewer points than `jepa3d prepare` is to keep per cloud, moved copies of its points
-# are added. For this, a cloud needs at least this many different points, or as many as are to be
-# kept, if that is less. An encoder needs another number: its attribute `min_points`.
+# `jepa3d prepare` gives all clouds of a store the same number of points, for example 2,048. If a
+# cloud has fewer, moved copies of its points are added (see `fill`). For this, the cloud needs at
+# least `LEAST` different points (or, if the clouds of the store get fewer points than `LEAST`, as
+# many different points as they get). Encoders have their own limit, the attribute `min_points`.
 LEAST = 64
 STEP = 0.6  # `fill` moves a copy of a point by at most this share of the distance to a neighbour
 # `without_strays` explains these four.
@@ -24,8 +26,9 @@ _ENDS = ((1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1))
 # Rotations [12, 3, 3] that shift the order of the three axes cyclically and reverse none or two of
 # them. If the up axis of a cloud is not known, its vector is the average over these rotations of
 # the cloud in its own axes (`own_axes`). Each of the own axes then points up in some rotations and
-# down in others. `own_axes` may return the axes of a symmetric shape with other signs; this does
-# not change the average. The arbitrary rotation of a shape with two equal extents does change it.
+# down in others. For two copies of a symmetric shape, `own_axes` may return axes with different
+# signs. The average is still the same, since it includes all of these signs. For two copies of a
+# shape with two equal extents, `own_axes` may return different axes. Then the averages differ.
 TURNS = np.stack([np.roll(np.diag(ends), axis, 1) for axis in range(3) for ends in _ENDS]).astype(
     np.float32
 )
@@ -171,9 +174,9 @@ def without_strays(points: np.ndarray, min_points: int = 1) -> np.ndarray:
 
     One far point can make the grid so coarse that all other points lie in one cell. So removal is
     repeated in the bounding box of the remaining points until no stray is found. There are at most
-    `ROUNDS` rounds, as in the exported graph (inference/export.py). A cloud that would lose more
-    than the share `MAX_STRAYS` of its points, or keep fewer than `min_points`, keeps all points.
-    Clean clouds keep nearly all points.
+    `ROUNDS` rounds, since the exported graph (inference/export.py) always has this number of
+    rounds. A cloud that would lose more than the share `MAX_STRAYS` of its points, or keep fewer
+    than `min_points`, keeps all points. Clean clouds keep nearly all points.
     """
     kept = np.arange(len(points))
     for _ in range(ROUNDS):
@@ -294,7 +297,9 @@ def too_few(count: int, different: int, min_points: int) -> str:
 def _distinct(points: np.ndarray) -> np.ndarray:
     """Remove duplicates from points [n, 3]; the order of the rest depends only on coordinates."""
     x, y, z = points.T
-    # Sorting by one number per point is much faster than sorting rows.
+    # Sorting by one number per point is much faster than sorting rows. Rarely, rounding gives two
+    # different points the same number. Then their order is that of the input, and a duplicate of
+    # one of them may be kept.
     points = points[np.argsort(x + np.sqrt(2) * y + np.pi * z, kind="stable")]
     return points[np.r_[True, (points[1:] != points[:-1]).any(1)]]
 

@@ -1,7 +1,8 @@
 """Random numbers, and operators on batched point clouds: sampling, neighbours and distances.
 
 Each operator is written in plain torch, which runs on any device. Only farthest point sampling also
-has faster back ends. They return the same indices, except where distances are equal.
+has faster back ends: a compiled function for CPUs and a Triton kernel for GPUs. They return the
+same indices, except that the compiled function may choose differently between equal distances.
 
 The letters in shapes stand for numbers: B clouds in the batch, N points per cloud, M queries per
 cloud, K neighbours per query, and C channels. `points` is a float tensor [B, N, 3].
@@ -80,7 +81,9 @@ class RepeatedDraws(BatchGenerator):
 
     `redraw` refills the buffers. All streams share two dictionaries. `buffers` maps (name of the
     stream, number of the draw) to the buffer with the numbers of this draw. `choices` maps the name
-    of a stream to the argument `count` with which `choice` was last called on it.
+    of a stream to the argument `count` with which `choice` was last called on it. The graphs need
+    `choices`, since the results of `choice` decide the sizes of tensors: each combination of
+    results has its own graph.
     """
 
     def __init__(
@@ -226,7 +229,8 @@ def farthest_point_sample(
 
 def sample_one(points: np.ndarray, num_samples: int, start: int) -> np.ndarray:
     """Choose farthest point samples of one float32 cloud [N, 3], with the compiled back end if it
-    is installed and the cloud has at least 32 points, else with numpy.
+    is installed and the cloud has at least 32 points, else with numpy, which is faster for fewer
+    points.
 
     start: index of the first sample. Returns indices [num_samples].
     """

@@ -44,7 +44,8 @@ def _weaker_settings(command: str, tokens: list[str]) -> dict:
     settings that are stored in the run. For pretrain, one flag is applied here, `--objective`,
     because it determines which group of the recipe has the run's schedule: with the objective
     `generative`, the recipe's `generative.max_steps` is the run's `max_steps`. Raises ValueError if
-    the preset, the recipe or the stored settings are wrong, or if another command made the run.
+    the preset, the recipe or the stored settings are wrong, or if the run that is resumed was made
+    by another command.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--preset", "--recipe", "--out", "--objective"):
@@ -75,8 +76,9 @@ def _weaker_settings(command: str, tokens: list[str]) -> dict:
 def _one_schedule(tokens: list[str], objective: str) -> list[str]:
     """Rewrite flags such as `--generative.lr` as `--lr`.
 
-    In a run with the objective `generative`, these two flags mean the same setting. Raises
-    ValueError if both are given with different values.
+    objective: the objective of the run. If it is `generative`, these two flags mean the same
+    setting; likewise for all settings in `SCHEDULE` (config.py). Raises ValueError if both flags
+    are given with different values.
     """
     words, given = [], {}
     values = iter(tokens)

@@ -1,8 +1,9 @@
 """Surfaces of the generated shapes: boxes, surfaces of revolution, tubes, and swept outlines.
 
-Every surface is a *loft*: an array [rings, sides, 3] of closed rings, where quads join each ring to
-the next. A ring that is shrunk to a point closes an end of the loft. So one function makes the
-triangles of all surfaces.
+The shapes themselves are made by procedural.py and synthetic.py. Every surface is a *loft*: an
+array [rings, sides, 3] of closed rings, where quads join each ring to the next. A ring that is
+shrunk to a point closes an end of the loft. Since all surfaces are lofts, one function
+(`triangles_of`) makes the triangles of all of them.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ Rng = np.random.Generator
 Floats = Sequence | np.ndarray
 Loft = np.ndarray  # [rings, sides, 3]
 
+# `lathe` and `tube` approximate a circle by a polygon with 16 corners.
 _ANGLES = np.arange(16) * (np.pi / 8)
 _CIRCLE = np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], axis=1)
 CORNERS = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])  # of a square, counter-clockwise
@@ -35,8 +37,8 @@ def box(base: Floats, size: Floats, taper: float = 1, lean: Floats = (0, 0)) -> 
 def lathe(profile: Floats, at: Floats = (0, 0, 0), scale: Floats = (1, 1), power: int = 2) -> Loft:
     """Make a surface of revolution.
 
-    profile: one row (radius, height) per ring. at: the point at radius 0 and height 0. scale:
-    factors in x and y. power: with a power above 2, the circles become squarish.
+    profile: one row (radius, height) per ring. at: position of the point with radius 0 and
+    height 0. scale: factors in x and y. power: with a power above 2, the circles become squarish.
     """
     circle = _CIRCLE / np.linalg.norm(_CIRCLE, ord=power, axis=1, keepdims=True)
     return sweep(np.array(profile, float), circle) * (*scale, 1) + at
@@ -54,7 +56,8 @@ def sweep(profile: np.ndarray, outline: np.ndarray) -> Loft:
 
 
 def tube(path: Floats, radius: float | Floats) -> Loft:
-    """Make a capped tube along `path` [k, 3], which is straight or lies in a coordinate plane.
+    """Make a capped tube along `path` [k, 3], which is straight or lies in a plane parallel to two
+    coordinate axes.
 
     radius: one radius, or k radii.
     """
@@ -86,7 +89,10 @@ def turn(points: np.ndarray, angle: float) -> np.ndarray:
 
 
 def triangles_of(loft: Loft) -> np.ndarray:
-    """Return the triangles [t, 3, 3] of a loft [rings, sides, 3]."""
+    """Return the triangles [t, 3, 3] of a loft [rings, sides, 3].
+
+    Beside a ring that is shrunk to a point, every second triangle has area 0.
+    """
     a, b = loft[:-1], loft[1:]
     c, d = np.roll(a, -1, axis=1), np.roll(b, -1, axis=1)
     return np.stack([a, b, c, b, d, c], axis=2).reshape(-1, 3, 3)

@@ -7,7 +7,8 @@ import numpy as np
 
 from jepa3d.data.cloud import PointCloud, ReadError, to_bytes
 
-# spellings of NaN and infinity by programs that were built with older Windows compilers
+# spellings of NaN and infinity by programs that were built with older Windows compilers; all of
+# them are read as NaN
 _NAN = re.compile(rb"[-+]?1\.#(?:QNAN|SNAN|IND|INF)\w*")
 # the first word of an OFF file; its letters tell which values a vertex has
 _OFF = re.compile(rb"\s*((?:ST)?(C?)(N?)(4?n?)(?:OFF|off)([ \t]+BINARY)?)")
@@ -16,7 +17,8 @@ _TRIANGLE = np.dtype("(3,)<f4, (3,3)<f4, <u2")
 # number of bytes before the triangles of a binary STL: 80 for a title, 4 for the triangle count
 _HEAD = 84
 _CORNER = re.compile(rb"\bvertex\s+([-+.\dni]\S*\s+[-+.\dni]\S*\s+[-+.\dni]\S*)")
-# largest number of corners of a concave polygon, since the time of `_ears` may grow with its square
+# Largest number of corners of a concave polygon. It limits the time of `_ears`, which may grow with
+# the square of this number.
 _MOST_CORNERS = 2000
 
 
@@ -54,8 +56,9 @@ class Rows:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Parse the numbers in lines `first` to `last` (excluded).
 
-        Returns all numbers, and for each line the index of its first number. integers: try int64
-        first, which is ten times as fast as float64. Raises ReadError for a word that is no number.
+        Returns all numbers, and for each line the index of its first number. integers: parse the
+        numbers as int64, which is ten times as fast as float64; if this fails, parse them as
+        float64. Raises ReadError for a word that is no number.
         """
         bounds = self._first[first : None if last is None else last + 1]
         text = self.text[self._words[bounds[0]] : self._words[bounds[-1]]]
@@ -93,7 +96,11 @@ def runs(at: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 def mesh(vertices: np.ndarray, faces: np.ndarray, **attributes) -> PointCloud:
-    """Make a mesh of vertices [n, 3] and faces [t, 3], or a cloud if t is 0. Raises ReadError."""
+    """Make a mesh of vertices [n, 3] and faces [t, 3], or a cloud if t is 0.
+
+    attributes: other fields of `PointCloud`, such as colors. Raises ReadError for a face with a
+    vertex that does not exist, and as `PointCloud.make` does.
+    """
     _check_range(faces, len(vertices))
     attributes["faces"] = faces if len(faces) else None
     return PointCloud.make(vertices, **attributes)
@@ -127,8 +134,9 @@ def triangles(points: np.ndarray, sizes: np.ndarray, corners: np.ndarray) -> np.
         normals = np.cross(spokes[:, :-1], spokes[:, 1:])
         normal = normals.sum(1)
         along = (normals @ normal[:, :, None])[..., 0]
-        # a polygon is concave if a triangle of its fan faces against the polygon's normal; the
-        # tolerance ignores rounding errors
+        # Here a polygon counts as concave only if a triangle of its fan faces against the polygon's
+        # normal. If no triangle does, the fan covers the polygon correctly. The tolerance ignores
+        # rounding errors.
         concave = (along < -1e-6 * (normal**2).sum(1, keepdims=True)).any(1)
         if size > _MOST_CORNERS and concave.any():
             raise ReadError(f"has a concave polygon of {size} corners: cut it into triangles")
@@ -157,8 +165,8 @@ def _ears(corners: np.ndarray, normal: np.ndarray) -> np.ndarray:
 
     places, others = [tuple(place) for place in flat.tolist()], flat
     left, found, at, missed = list(range(len(corners))), [], 0, 0
-    # a limit, since a file of malicious polygons could take hours; a spiral needs only 20 tries per
-    # corner
+    # Without a limit, a file of malicious polygons could take hours. The limit is high enough: even
+    # a spiral needs only 20 tries per corner.
     tries = 100 * len(corners)
     while len(left) > 3 and missed < len(left) and tries:
         at, missed = at % len(left), missed + 1
@@ -195,7 +203,7 @@ def strip(corners: np.ndarray) -> np.ndarray:
 def read_off(path: Path) -> PointCloud:
     """Read OFF in text; vertex colours are kept, face colours are skipped. Raises ReadError.
 
-    Vertex normals are skipped too.
+    Vertex normals and texture coordinates are skipped too.
     """
     text = re.sub(rb"#.*", b"", unix_lines(path.read_bytes()))
     if not (start := _OFF.match(text)):
@@ -293,7 +301,8 @@ def read_obj(path: Path) -> PointCloud:
 def read_stl(path: Path) -> PointCloud:
     """Read all solids of an STL file; its triangles share no vertices. Raises ReadError.
 
-    A binary file is accepted even if it begins with the word solid or has up to 49 bytes too many.
+    A binary file is accepted even if it begins with the word solid, which should mark a text file.
+    It may also have up to 49 bytes after its last triangle.
     """
     data = path.read_bytes()
     claimed = int.from_bytes(data[80:_HEAD], "little")

@@ -24,7 +24,7 @@ from jepa3d.locking import writing
 from jepa3d.plain import load_code, log, printable, write_bytes
 
 _MESH_POINTS = 8192  # number of points sampled from a mesh with --points all
-_CHUNK = 8  # number of entries that a process gets at a time
+_CHUNK = 8  # number of entries (clouds that are not read yet) that a process gets at a time
 _SHOWN = 40  # largest number of left-out files that are printed; report.json lists all
 Attribute = Literal["normals", "colors", "parts"]
 
@@ -52,8 +52,9 @@ class Preparation:
     variant: str | None = None  # variant of a benchmark that has several
     columns: tuple[str, ...] | None = None  # names of columns, as for `io.py::read`
     seed: int = 0
-    # True keeps stray points, which lie far from all others; always True for benchmarks and for
-    # procedural shapes. If `points` is None, stray points are kept in any case.
+    # True keeps stray points, which lie far from all others (`frame.py::without_strays` has the
+    # rule); always True for benchmarks and for procedural shapes. If `points` is None, stray points
+    # are kept in any case.
     keep_strays: bool = False
     reader: str | None = None  # function that reads the files: package.module:function
 
@@ -64,13 +65,15 @@ def prepare(
     """Write the clouds of `source` to the store `out`.
 
     source: a folder, file or archive, or procedural:COUNT. If the store exists, complete or not,
-    only the clouds that it lacks are added. A folder of few-shot folds becomes one store per fold
-    in the folder `out`. workers: number of processes, 0 for one per core. strict: stop at the first
-    cloud that cannot be used. Returns the paths of the stores.
+    only the clouds that it lacks are added. A folder with few-shot folds of ModelNet40 (files such
+    as 5way_10shot/0.pkl) becomes one store per fold in the folder `out`. workers: number of
+    processes, 0 for one per core. strict: stop at the first cloud that cannot be used. Returns the
+    paths of the stores.
 
-    Raises ReadError if the source is missing, if no cloud can be used and, with `strict`, at the
-    first such cloud. Raises ValueError for wrong arguments, or if another command is writing to
-    `out`.
+    Raises ReadError if the source is missing or cannot be read, or if none of its clouds can be
+    used. With `strict`, already the first cloud that cannot be used raises ReadError. Raises
+    ValueError for wrong arguments, if the store exists with other settings, or if another command
+    is writing to `out`.
     """
     _check(options, workers)
     if not source.exists() and not procedural.count_of(source):
@@ -157,8 +160,15 @@ def convert(entry: Entry, options: Preparation) -> tuple[Arrays, Row]:
     """Read the cloud of an entry, and convert it for a store.
 
     Returns the arrays of the cloud (points and attributes) and its row in the store's index. The
-    row still lacks label and split. Its values `part`, `unseen`, `count` and `strays` are only for
-    `_Report.add`. Raises ReadError.
+    row still lacks label and split. Four of its values are not stored; only `_Report.add` uses
+    them:
+
+    - part: a sentence, if only a sample of the file's points was read, else None
+    - unseen: number of NaN points that were left out
+    - count: number of points before stray points were removed
+    - strays: number of stray points that were removed
+
+    Raises ReadError if the cloud cannot be used.
     """
     cloud = entry.read()
     faces = b"" if cloud.faces is None else cloud.faces.tobytes()
@@ -167,6 +177,8 @@ def convert(entry: Entry, options: Preparation) -> tuple[Arrays, Row]:
     # the seed does not depend on the key, so that equal files give equal clouds
     count, seed = options.points, options.seed
     if cloud.faces is not None:
+        # twice the number of points that are kept, so that farthest point sampling can choose
+        # evenly spread points
         cloud = cloud.sampled(2 * count if count else _MESH_POINTS, seed)
     row["count"] = len(cloud)
     if missing := [name for name in options.keep if getattr(cloud, name) is None]:
@@ -203,8 +215,8 @@ def _check_rounding(points: np.ndarray, rounded: np.ndarray) -> None:
 
     points: [n, 3], in the unit sphere. rounded: the same points as they will be stored. The median
     distance by which rounding moves a point is compared with the median distance of a point from
-    the middle of the cloud. Rounding moves the points too far if one point is so far out that all
-    others lie close together.
+    the middle of the cloud. Rounding moves the points too far if one point is so far out that, in
+    the unit sphere, all other points lie very close together.
     """
     error = np.median(np.linalg.norm(rounded.astype(np.float32) - points, axis=1))
     extent = np.median(np.linalg.norm(points - np.median(points, 0), axis=1))

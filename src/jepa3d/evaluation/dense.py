@@ -6,10 +6,11 @@ features of a point are interpolated from the tokens of the three nearest patch 
 
 The category of each shape is given. For each category, a logistic regression over its parts is
 fitted to the standardised features of at most 256 labelled points per train shape. For each encoder
-and each baseline, C (the inverse regularisation strength) is chosen by instance mIoU. It is chosen
-on the data set's own validation split. If the data set has no such split, or if the validation
-split is the scored one, C is chosen on a held-out fifth of train. Then the classifiers are fitted
-to all of train. The scored split (by default test) is used once, with all points of its shapes.
+and each baseline, C (the inverse regularisation strength) is chosen by instance mIoU (see
+partseg.py). It is chosen on the data set's own validation split. If the data set has no such split,
+or if the validation split is the scored one, C is chosen on a held-out fifth of train. Then the
+classifiers are fitted to all of train. The scored split (by default test) is used once, with all
+points of its shapes.
 """
 
 from collections.abc import Callable, Iterator
@@ -37,11 +38,12 @@ from jepa3d.models.heads import thirds
 from jepa3d.models.ready import load as load_encoder
 from jepa3d.ops import three_nn_interpolate
 
-_C_GRID = (0.001, 0.01, 0.1)
+_C_GRID = (0.001, 0.01, 0.1)  # values of C that are tried
 # The classifiers are fitted to at most this many labelled points of each train shape.
 _POINTS = 256
-# If `_POINTS` points of each train shape would be more than this in total, fewer points of each
-# shape are used, but at least 16. So the total is larger than this only for over 8,192 shapes.
+# The largest total number of points, to limit time and memory. If `_POINTS` points of each train
+# shape would be more, fewer points of each shape are used, but at least 16. So for over 8,192
+# shapes the total is still larger than this.
 _MOST_POINTS = 2**17
 _BATCH = 16  # clouds per batch
 
@@ -54,10 +56,12 @@ def probe_parts(models: list[str], dataset: LabelledSet, part: Part = "test") ->
     """Score how well parts are predicted from the features of each encoder, and from the baselines
     of the first encoder.
 
-    models: encoders, as in `jepa3d.load`. part: the split that is scored, see `Labelled.of`. The
-    baselines are an untrained encoder and the handcrafted `local_features`. Returns the result
-    record with instance mIoU and more metrics. Raises ValueError or ReadError if a model or the
-    data cannot be used.
+    models: encoders, as in `jepa3d.load`. part: the split that is scored, see `Labelled.of` in
+    labelled.py. The baselines are an untrained encoder and the handcrafted `local_features`.
+    Returns the result record. For each encoder and baseline, it has the chosen C, the metrics of
+    `partseg.py::mean_iou`, and (except for the first encoder) by how much the first encoder's
+    instance mIoU is higher, with an interval. Raises ValueError or ReadError if a model or the data
+    cannot be used.
     """
     found: dict[str, dict[str, Any]] = {}
     record: dict[str, Any] = {}

@@ -27,7 +27,8 @@ def layer_features(
     An encoder's layer 0 is the output of its tokenizer. If an encoder does not assume upright
     clouds, its vectors are averaged over several poses (rotations) of the cloud. A dVAE (the
     discrete autoencoder that can be a teacher) has only one layer: the tokens that its students
-    learn to predict. Returns an array [L, n, E] float32 for L layers and n clouds.
+    learn to predict. pooling: how the tokens are pooled, see `pool` in models/encoder.py. Returns
+    an array [L, n, E] float32 for L layers and n clouds.
     """
     device = default_device()
     model.eval().to(device)

@@ -109,8 +109,8 @@ class Labelled:
         the source's own validation split is scored, or a fixed fifth of train if the source has
         none. Raises ReadError if the labels or the train/test split are missing, if train is too
         small to hold out a fifth, if too few classes are shared, or if a shape has only unlabelled
-        points although the source has part labels. Raises ValueError as `fifth` and
-        `category_parts` do.
+        points although the source has part labels. Raises ValueError as `fifth` (below) and
+        `partseg.py::category_parts` do.
         """
         name = clouds.name
         if clouds.labels is None:
@@ -222,7 +222,10 @@ def _with_validation(train: PointClouds) -> PointClouds:
 
 def _parts(clouds: PointClouds, train: PointClouds) -> tuple[tuple[str, ...], list[list[int]]]:
     """Return the names of all parts, and for each class its part ids. Both are empty if the clouds
-    have no part labels. Raises ReadError if all points of a shape are unlabelled.
+    have no part labels. Raises ReadError if all points of a shape are unlabelled, and ValueError as
+    `partseg.py::category_parts` does.
+
+    clouds: all shapes. train: those of the train split; `category_parts` reads only these.
     """
     if clouds.parts is None:
         return (), []

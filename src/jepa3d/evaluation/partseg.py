@@ -21,10 +21,9 @@ def category_parts(
     part_names: the name of each id. A category gets the ids that are named after it:
     "Category/part", or "Category 0" as `jepa3d prepare` names the parts of ShapeNetPart. If no
     ids are named after it, it gets the ids that occur in its shapes. The labels [n] and the parts
-    [n, N] (an array, or `StoredPoints`) are those of the train split, so that test shapes have no
-    influence.
-    Raises ValueError if ids are named after a category, but one of its shapes has a part with
-    another id.
+    [n, N] (an array, or the `StoredPoints` of data/store.py) are those of the train split, so that
+    test shapes have no influence. Raises ValueError if ids are named after a category, but one of
+    its shapes has a part with another id.
     """
     owners = [name.rpartition("/" if "/" in name else " ")[0] for name in part_names]
     found = []

@@ -39,8 +39,8 @@ def predict(
         points, labels = clouds.batch(index), np.zeros(len(index), int)
         if clouds.labels is not None:
             labels = clouds.labels[index]
-        # `prepare` changes the order of the points. A segmenter cannot use it, since the part
-        # labels rely on the order.
+        # The encoder's method `prepare` changes the order and number of the points. It is not used
+        # for a segmenter: each row of points must keep its part label.
         if segments:
             points = unit_sphere(points.double()).to(network.encoder.norm.weight)
         else:
@@ -67,8 +67,8 @@ def _parts_of(network: Segmenter) -> list[np.ndarray]:
 
 
 def score(network: Network, clouds: PointClouds) -> float:
-    """Return the metric by which an epoch is selected: overall accuracy or instance mIoU, in per
-    cent.
+    """Return the metric by which the best epoch of a fine-tuning run is chosen, in per cent:
+    overall accuracy for a classifier, instance mIoU for a segmenter.
     """
     metrics = figures(network, clouds, predict(network, clouds))[0]
     segments = isinstance(network, Segmenter)

@@ -32,7 +32,8 @@ class Grid:
 
     An axis along which the scene is longer than a tile is split: its cells are numbered from 1, and
     tile t covers the cells t and t + 1. So tiles overlap by half along this axis, and each cell
-    lies in two tiles. An axis that is not split has only cell 1 and tile 1.
+    lies in two tiles. (Cell 1 lies in the tiles 0 and 1. One half of tile 0 and of the last tile
+    lies outside the grid.) An axis that is not split has only cell 1 and tile 1.
     """
 
     low: np.ndarray  # [3], lowest corner of the scene's bounding box
@@ -68,7 +69,8 @@ class Grid:
     @cached_property
     def _line(self) -> tuple[int, int, int, int]:
         """Numbers (0 or 1) of the longer and of the shorter horizontal axis; the width of a strip
-        in cells (see `keys`); and the height of the grid in cells, plus a margin of 2.
+        in cells (see `keys`); and the height of the grid in cells, plus a margin of 2, since
+        `keys` also numbers tiles, whose coordinates begin at 0.
         """
         major = int(self.count[1] > self.count[0])
         height = int(self.count[2]) + 2
@@ -154,7 +156,7 @@ def choose_tile(
         if median <= goal:
             return tile if goal / median < points / goal else larger
         larger, points = tile, median
-    return extent
+    return extent  # no tile is small enough, for example if only a few points differ
 
 
 def grid_for(

@@ -198,8 +198,8 @@ class Page:
         point = point_colors.nearest_to_ray(points, origin, direction)
         if point is not None:
             self.picked = point
-            # The next line recolours the cloud only if it changes the value, so `recolour` is
-            # always called after it.
+            # Setting the value recolours the cloud only if the value changes. If the cloud is
+            # coloured by similarity already, the call of `recolour` is needed.
             self.colours.value = SIMILARITY
             self.recolour()
 
@@ -280,7 +280,10 @@ def open_page(
 ) -> Page:
     """Start the server and show the first cloud.
 
-    Raises ValueError for wrong settings, and ReadError or OSError if there is no cloud to show.
+    paths: files and folders of clouds. model: the encoder, as in `jepa3d.load`; None means the
+    encoder of the index or, without an index, the encoder in the package. index: see `Page`. Raises
+    ValueError for wrong settings, and ReadError or OSError if the index cannot be read or if there
+    is no cloud to show.
     """
     if up_axis not in TO_Z_UP:
         raise ValueError(f"--up-axis {up_axis} is unknown: use {', '.join(TO_Z_UP)}")

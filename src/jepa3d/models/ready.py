@@ -82,9 +82,10 @@ def fingerprint(encoder: PointEncoder) -> str:
     """
     made = vars(encoder)["_hub_mixin_config"].items()
     settings = {name: value for name, value in made if name not in encoder.BEFORE}
-    # The settings in BEFORE are not hashed here, so that older encoders, whose config.json lacks
-    # these settings, keep their fingerprints. These settings still change the fingerprint, since
-    # they decide which weights exist, and the names of all weights are hashed below.
+    # The settings in `PointEncoder.BEFORE` are not hashed here, so that older encoders, whose
+    # config.json lacks these settings, keep their fingerprints. These settings still change the
+    # fingerprint, since they decide which weights exist, and the names of all weights are hashed
+    # below.
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, values in sorted(encoder.state_dict().items()):
         digest.update(name.encode())

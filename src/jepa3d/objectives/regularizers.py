@@ -55,9 +55,9 @@ def variance_covariance(
     """Compute VICReg's variance and covariance terms for rows [n, E] (Bardes et al. 2022).
 
     least: standard deviation below which a dimension is penalised. eps: small number that is added
-    to variances. Returns two scalars: first the mean over dimensions of max(0, least - std), second
-    the sum of the squared covariances between different dimensions, divided by E. Both are computed
-    over the rows of all processes.
+    to variances, so that the gradient of the standard deviation stays finite. Returns two scalars:
+    first the mean over dimensions of max(0, least - std), second the sum of the squared covariances
+    between different dimensions, divided by E. Both are computed over the rows of all processes.
     """
     rows = rows.float()
     count = sum_over_processes(rows.new_tensor(float(len(rows))))

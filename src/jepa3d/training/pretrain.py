@@ -46,7 +46,7 @@ TIMED_STEPS = 9
 def make_task(
     config: PretrainConfig, objective: str, clouds: PointClouds, networks: dict[str, Network]
 ) -> Task:
-    """Build the task that the loop trains for an objective.
+    """Build the task that `fit` (loop.py) trains for an objective.
 
     networks: name -> network, for the networks of stage I and for those that the settings give by
     folder, Hub id or function.
@@ -74,7 +74,9 @@ def make_task(
 
 
 def _some(seed: int, count: int) -> np.ndarray:
-    """Choose up to 512 random shapes, over which statistics are computed; returns their indices."""
+    """Choose up to 512 random shapes; returns their indices. The statistics of BatchNorm, and those
+    that standardise vectors, are computed over these shapes.
+    """
     return np.random.default_rng(seed).permutation(count)[:512]
 
 
@@ -131,11 +133,12 @@ def pretrain(
     """Train the networks of stage I, if the settings need any. Then pretrain with the settings
     `config`, in the folder `out`.
 
-    stop_at: step at which the run stops early. clouds: the data, if it is loaded already.
-    stage_one: earlier runs of stage I; if a finished one has the settings that this run needs, it
-    is copied, and its network is not trained again. Returns `out`. Raises ValueError for settings
-    or data that cannot work, before anything is written. Raises loop.Interrupted if the run is
-    stopped.
+    resume: continue the run in `out`, which must have the same settings and data. stop_at: step at
+    which the run stops early. clouds: the data, if it is loaded already. stage_one: earlier runs of
+    stage I; if a finished one has the settings that this run needs, it is copied, and its network
+    is not trained again. Returns `out`. Raises ValueError for settings or data that cannot work,
+    before anything is written. Also raises the errors of `fit` (training/loop.py), such as
+    Interrupted if the run is stopped, and Diverged if the loss is NaN or infinite.
     """
     started = runs.begin(out, resume)
     config = settle(config, out if started else None)
@@ -238,9 +241,9 @@ def clouds_of(
 ) -> PointClouds:
     """Load the data, with as many points per cloud as an objective needs.
 
-    3D-JEPA with views (`target.view` > 0) gets twice as many points, if the data has them. loaded:
-    clouds to return unchanged if they already have the correct number of points. limit: the largest
-    number of clouds to read.
+    If 3D-JEPA also trains on views (damaged copies of the clouds; `target.view` > 0), it gets twice
+    as many points, if the data has them. loaded: clouds to return unchanged if they already have
+    the correct number of points. limit: the largest number of clouds to read.
     """
     sizes_of = config.dvae if objective == "dvae" else config.encoder
     num_points = sizes_of.num_points
