@@ -63,8 +63,8 @@ def embed(
     clouds: one cloud as an array [N, 3]; several clouds as an array [n, N, 3] or a list of arrays;
     a path; or a list of paths. A path is a file, a folder of files, a store (a dataset of
     `jepa3d prepare`), or the address of one cloud (see clouds.py). Every cloud at a path gets a row
-    of the result; `clouds.py::cloud_paths` lists these clouds in the same order. A cloud that cannot
-    be used gets a row of NaN, and a warning names it.
+    of the result; `clouds.py::cloud_paths` lists these clouds in the same order. A cloud that
+    cannot be used gets a row of NaN, and a warning names it.
 
     encoder: `jepa3d.load()` by default. up_axis: the up axis of the clouds, "x", "y" or "z" (stores
     and glTF files define their own), or "none" for vectors that do not depend on the rotation of a

@@ -280,7 +280,8 @@ def _unreachable() -> str:
     """Return a text that says why the Hub cannot be reached.
 
     The text is empty if the Hub answers, even if it answers with an error. The text is also empty
-    after an SSL error, so that the download is tried all the same.
+    after an SSL error, so that the download is tried all the same: the Hub's client may trust other
+    certificates than urllib does.
     """
     request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
     try:
