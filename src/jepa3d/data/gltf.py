@@ -21,8 +21,9 @@ from jepa3d.data.meshes import mesh, strip
 # numbers of component types in glTF -> numpy types
 _KINDS = {5120: "<i1", 5121: "<u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
 _WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT4": 16}
-# largest number of vertices plus corners of triangles in a scene, and of values in one accessor; a
-# limit is needed, since a small file may show one mesh many times
+# largest number of vertices plus corners of triangles in a scene, and largest number of elements of
+# one accessor; these limits are needed, since a small file may show one mesh many times, or have an
+# accessor of any length without a buffer, which means zeros
 _MAX_VALUES = 50_000_000
 # extensions that change shapes and that this module applies
 _GEOMETRY = ("KHR_mesh_quantization", "EXT_mesh_gpu_instancing", "KHR_node_visibility")
@@ -157,7 +158,7 @@ class _Scene:
 
         Morph targets, if there are any, move the vertices first. Then the skin places the vertices
         in the scene. Without a skin, the matrix `place` of the node does this. Raises ReadError for
-        a compressed primitive, and for a skin with a joint outside the scene.
+        a compressed primitive, for a skin with a joint outside the scene, and as `_values` does.
         """
         attributes = primitive["attributes"]
         self._check_packed(primitive, attributes["POSITION"])
@@ -189,7 +190,8 @@ class _Scene:
     def _indices(self, primitive: dict) -> np.ndarray:
         """Return the corners of a primitive's faces, as indices of its vertices.
 
-        Raises ReadError if the indices are compressed, have no buffer or are too large.
+        Raises ReadError if the indices are compressed or have no buffer, if an index is larger than
+        that of the last vertex, and as `_values` does.
         """
         count = self.json["accessors"][primitive["attributes"]["POSITION"]]["count"]
         if "indices" not in primitive:
@@ -213,7 +215,11 @@ class _Scene:
     # ------------------------------------------------------------------------------------ accessors
 
     def _values(self, i: int) -> np.ndarray:
-        """Return the values [n, D] of an accessor; normalised integers become fractions."""
+        """Return the values [n, D] of an accessor; normalised integers become fractions.
+
+        Raises ReadError if the accessor has too many elements, or if its buffer is missing,
+        truncated or compressed.
+        """
         accessor = self.json["accessors"][i]
         count, width = accessor["count"], _WIDTHS[accessor["type"]]
         kind = np.dtype(_KINDS[accessor["componentType"]])
@@ -316,6 +322,7 @@ def _triangles(corners: np.ndarray, mode: int) -> np.ndarray:
     """Return triangles [t, 3] of vertex indices.
 
     corners: vertex indices in the order of a list of triangles (mode 4), a strip (5) or a fan (6).
+    Raises ReadError for any other mode, and for a list whose length is no multiple of 3.
     """
     if mode == 5:
         return strip(corners)

@@ -6,11 +6,12 @@ STORE/points-00000.safetensors  the first shard: the points of its clouds, conca
                       "normals", "colors" and "parts", if the store keeps them
 STORE/index/NAME.bin  one row per cloud (see COLUMNS); keys.bin holds the text of the keys
 
-A key names a cloud: it is the path of the file in the source, with #row added if the file has many
-clouds. Clouds are z-up in the unit sphere. If R rotates the up axis of a file to z, the coordinates
-in the file are R^T(points) * scale + origin. A writer appends shards. When it continues a store, it
-first cuts off the index rows of shards that the header does not record; an interrupted command may
-have left such rows.
+A key names a cloud: it is the path of the cloud's file in the source (the folder, file or archive
+that was converted), with #row added if the file has many clouds. Clouds are z-up in the unit
+sphere. If R rotates the up axis of a file to z, the coordinates in the file are
+R^T(points) * scale + origin. A writer appends shards. When it continues a store, it first cuts off
+the index rows of shards that the header does not record; an interrupted command may have left such
+rows.
 """
 
 import hashlib
@@ -30,7 +31,8 @@ from jepa3d.plain import naming, sha256_of, write_bytes
 FORMAT = "jepa3d-store-1"
 SPLITS = ("train", "test", "val")
 SHARD_BYTES = 32 << 20  # a shard is written once it has 32 MiB of points and attributes
-# files that a command leaves if it is killed at the first write to a new store
+# files that a command leaves if it is killed at the first write to a new store; a folder with no
+# other files counts as empty
 _UNFINISHED = (".store.json.partial", ".store.json.lock")
 # settings that older stores do not record -> the value that the older versions used
 _LATER = {"keep_strays": True, "reader": None}
@@ -107,8 +109,8 @@ class Store:
             return np.empty(shape, kind)
         if not path.is_file() or path.stat().st_size < needed:
             raise ReadError(f"{path}: missing or cut off; it must have {needed} bytes")
-        # a column of under 16 MiB is read into memory, since a memory-mapped file that is cut off
-        # later would kill the process
+        # A column of under 16 MiB is read into memory, since a memory-mapped file that is cut off
+        # later would kill the process. A larger column is mapped all the same, to save memory.
         if needed < 16 << 20:
             return np.fromfile(path, kind, int(np.prod(shape))).reshape(shape)
         return np.memmap(path, kind, "r", shape=shape)
@@ -116,8 +118,10 @@ class Store:
     def shard(self, index: int) -> dict[str, np.ndarray]:
         """Open shard `index` as memory-mapped arrays. Raises ReadError if it is missing or damaged.
 
-        The checksum of the shard is not checked here; `verify` checks it. At most 64 shards stay
-        open, since the number of open files of a process is limited.
+        Only damage to the header or the length of the file is noticed here. Damaged values are not,
+        since only `verify` checks the checksum. At most 64 shards stay open, since the number of
+        open files of a process is limited. Training shuffles the clouds of 32 shards at a time
+        (`WINDOW` in training/loop.py), so it does not need more.
         """
         path = self.path / self.header["shards"][index]["file"]
         size = path.stat().st_size if path.is_file() else 0
@@ -155,7 +159,8 @@ class Store:
     def array(self, name: str, row: int, count: int | None = None) -> np.ndarray:
         """Return the first `count` rows (all if None) of a cloud's array, memory-mapped.
 
-        name: points, normals, colors or parts. Raises KeyError if the store lacks this array.
+        name: points, normals, colors or parts. Raises KeyError if the store lacks this array,
+        IndexError if it has no cloud `row`, and ReadError as `shard` does.
         """
         shard, rows = self._span(row)
         return self.shard(shard)[name][rows][:count]
@@ -219,8 +224,9 @@ class Store:
 class StoredPoints:
     """Points [n, N, 3] float32, or part labels [n, N] int16, of some clouds of a store.
 
-    The values are read from disk when this object is indexed; `PointClouds` uses the object like an
-    array. name: "points" or "parts".
+    The values are read from disk when this object is indexed; `PointClouds` (datasets.py) uses the
+    object like an array. rows: the rows of the n clouds in the store. num_points: the number N; the
+    first N stored points of each cloud are used. name: "points" or "parts".
     """
 
     def __init__(self, store: Store, rows: np.ndarray, num_points: int, name="points"):
@@ -268,10 +274,11 @@ class StoredPoints:
 class StoreWriter:
     """Append clouds to a new store, or to a store with the same settings. Use it in a `with` block.
 
-    At the end of the block, all added clouds are committed, unless an OSError ended the block. The
-    store is marked complete only if no exception ended the block. A new store without clouds is
-    deleted. Raises ValueError if `path` is a file or a non-empty folder that is no store, or if
-    the store has other settings or part names.
+    At the end of the block, all added clouds are written to the store (see `commit`), unless an
+    OSError ended the block. The store is marked complete only if no exception ended the block. A
+    new store without clouds is deleted. settings: the fields of `Preparation` (prepare.py). Raises
+    ValueError if `path` is a file or a non-empty folder that is no store, or if the store has other
+    settings or part names. Raises ReadError if the store is damaged.
     """
 
     def __init__(
@@ -331,7 +338,8 @@ class StoreWriter:
         """Add a cloud: its arrays (points and attributes) and its row of the index.
 
         row: label and split (names or None), up ("x", "y" or "z"), and frame and content as in
-        `COLUMNS`; other entries are ignored.
+        `COLUMNS`; other entries are ignored. Raises ValueError if the label is not a class of the
+        store. Once the added clouds fill a shard (`SHARD_BYTES`), they are written.
         """
         label, split, classes = row["label"], row["split"], self.header["class_names"]
         if label is not None and label not in classes:

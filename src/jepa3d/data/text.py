@@ -25,11 +25,15 @@ _COMMENT = ("#", "//", "%")
 # splits a row into enough cells.
 _MARKS = (";", "|", "\t", ",")
 _BLANK = ",;|\t "  # a row that holds only these characters is empty
-# largest number of lines above the numbers; comments, counts of rows and empty lines do not count
+# Largest number of lines above the numbers; comments, counts of rows and empty lines do not count.
+# With this limit, a long text without numbers is refused early.
 _MAX_TITLE = 100
-_MAX_LINE = 100_000  # every line above the numbers must have fewer characters
+# Every line down to the first row of numbers must have fewer characters than this. With this limit,
+# a large file without line ends is refused before all of it is in memory.
+_MAX_LINE = 100_000
 # how programs write a missing value
 _NO_VALUE = re.compile(r"(?i)-?|n/?a|null|none|-?nan\(\w+\)|-?1\.#(ind|qnan|snan)0*")
+# all names that the columns of an attribute may have, such as nx
 _ATTRIBUTES = set().union(*chain(*clouds.ATTRIBUTE_COLUMNS.values()))
 # a comment with fewer names than columns is a header only if all its names are in this set
 _KNOWN = _ATTRIBUTES | {"x", "y", "z", "intensity", "i"}
@@ -57,8 +61,8 @@ def table_rows(path: Path) -> Iterator[np.ndarray]:
 class Table:
     """A file with rows of numbers, which may stand below a header, comments or a count of rows.
 
-    The constructor finds the first row. It raises ReadError for a file that has no rows of numbers,
-    such as a README.
+    The constructor finds the first row. It raises ReadError for a file that is no text, for a text
+    that has no rows of numbers, such as a README, and for a text in another format, such as PTX.
     """
 
     def __init__(self, path: Path):
@@ -67,7 +71,7 @@ class Table:
         # lines
         self._above: list[tuple[int, str]] = []
         # the last 1,000 comments above the numbers that contain the letters x, y and z; one of
-        # these comments may be the header
+        # these comments may be the header (older ones are dropped, to bound memory)
         self._comments = deque[str](maxlen=1000)
         self._count: int | None = None  # number of rows, if the file states it
         # the line with the names of the columns, if it is not a comment
@@ -86,13 +90,14 @@ class Table:
         """Return a dict from x, y, z and the names of attribute columns, such as nx, to the indices
         of these columns.
 
-        columns: for a table with a header, the three names that the header has for x, y and z; for
-        a table without a header, the names of all columns. In a table without a header, the first
-        three columns are x, y and z in two cases: if `columns` is None, and if the table has only
-        three columns, but `columns` has another number of names. Raises ReadError as
-        `coordinate_columns` does. Also raises ReadError if a table without a header has more than
-        three columns, but `columns` has another number of names, and if a header does not fit the
-        rows.
+        columns: names that the user gives, or None. If the table has a header, `columns` holds the
+        three names that the header has for x, y and z; any other number of names is ignored. If the
+        table has no header, `columns` holds the names of all its columns. Without a header and
+        without `columns`, the first three columns are x, y and z. Without a header and with a wrong
+        number of names in `columns`, a table of three columns is read as x, y and z, and a wider
+        table raises ReadError.
+
+        Also raises ReadError if a header does not fit the rows, and as `coordinate_columns` does.
         """
         row = _fields(self._first, self.mark)
         xyz = columns if columns and len(columns) == 3 else None
@@ -144,7 +149,12 @@ class Table:
         return self.path.open(encoding=self.encoding, errors=errors)
 
     def _begins_at(self, number: int, line: str) -> bool:
-        """Return True if this line is the first row of numbers; if not, store what it says."""
+        """Return True if this line is the first row of numbers; if not, store what it says.
+
+        The first row begins with x, y and z. Or the line above it is a header with a name for each
+        of its cells; then the coordinates may stand in any columns. Raises ReadError if the line
+        shows that the file cannot be read as a table.
+        """
         text = line.strip()
         if len(line) >= _MAX_LINE:
             raise ReadError(f"line {number} has {_MAX_LINE:,} characters or more")
@@ -194,13 +204,16 @@ class Table:
         """Return the names of the columns in the header; () if there is no header.
 
         The header is a line or a comment above the numbers. row: the cells of the first row.
-        columns: the names for x, y and z, if the header has other names for them.
+        columns: the names for x, y and z, if the header has other names for them. Raises ReadError
+        if the cells of the row are separated by white space, and the header has more names than the
+        row has cells and does not begin with x, y and z.
         """
         filled = max((i for i, field in enumerate(row, 1) if field), default=len(row))
         wanted = set(map(_plain, columns or "xyz"))
         if self._above:
             splits = [(at, text, self._split(text, filled)) for at, text in self._above]
-            # the header need not be the last line above the numbers: units may stand between them
+            # the header need not be the last line above the numbers: a line with the units of the
+            # columns may stand between the header and the numbers
             named = [s for s in splits if wanted <= set(s[2]) and len(s[2]) == filled]
             number, self._header, names = (named or splits)[-1]
             quoted = self._first.startswith('"') and self._first.count('"') == 2
@@ -222,7 +235,8 @@ class Table:
 def encoding_of(path: Path) -> str:
     """Detect the encoding of a text file from its first bytes.
 
-    All 8-bit encodings are returned as utf-8-sig. Raises ReadError for a file that is no text.
+    For UTF-8 and all 8-bit encodings, such as Latin-1, the result is utf-8-sig. Raises ReadError
+    for a file that is no text.
     """
     with path.open("rb") as file:
         start = file.read(4096)
@@ -272,8 +286,9 @@ def parsed(
     first: number of the first line, for error messages. mark: the delimiter, None for white space.
     columns: indices of the D columns. is_skipped: returns True for further lines to leave out;
     comments and empty lines are always left out. The first three of the D columns must hold numbers
-    or be empty; if not, or if a line has too few columns, a ReadError names the line. In the other
-    columns, text becomes NaN.
+    or be empty; if not, a ReadError names the line. A ReadError also names a line that lacks one of
+    these three columns or, if the delimiter is white space, any of the D columns. In the other
+    columns, text and missing cells become NaN.
     """
 
     def cells(number: int, line: str) -> Iterator[list[float]]:

@@ -111,7 +111,8 @@ def save_episodes(path: Path, episodes: list[Episode], fingerprint: str) -> None
 def load_episodes(path: Path, fingerprint: str) -> list[Episode]:
     """Read the episodes that `save_episodes` wrote.
 
-    Raises ReadError if the file is damaged, or if its episodes were sampled from other data.
+    Raises ReadError if the file is missing or damaged, or if its episodes were sampled from other
+    data.
     """
     with as_read_error(path):
         record = read_checked(path)
@@ -125,8 +126,8 @@ def load_episodes(path: Path, fingerprint: str) -> list[Episode]:
 def fold_of(clouds: PointClouds, episode: Episode) -> Fold:
     """Return the train (support) and test (query) shapes of an episode, with labels 0 to W - 1.
 
-    Raises ValueError if the episode was clearly sampled from other data: it has shapes that do not
-    exist in `clouds`, or that belong to other classes.
+    Raises ValueError if the episode has row numbers that do not exist in `clouds`, or shapes of
+    other classes than its own; it was then sampled from other data.
     """
     labels = np.empty(0) if clouds.labels is None else clouds.labels
     rows = np.concatenate(episode[:2])

@@ -68,7 +68,8 @@ def search(
 ) -> np.ndarray:
     """Search a gallery [n, E] with query vectors [q, E]; returns the scores [2, q] of `ranked`.
 
-    labels, rows: see `ranked`. The similarities are computed in blocks, to limit memory.
+    likeness: function that computes the similarities [q, n] of queries to the gallery. labels,
+    rows: see `ranked`. The similarities are computed in blocks, to limit memory.
     """
     size = max(1, _NUMBERS // len(gallery))
     blocks = [slice(start, start + size) for start in range(0, len(rows), size)]
@@ -136,10 +137,11 @@ def retrieval(models: list[str], dataset: LabelledSet, part: str = "test") -> di
     whose nearest neighbour has the correct class.
 
     models: encoders as in `jepa3d.load`, or runs of jepa3d classify. part: the split that is
-    searched. The baselines are an untrained encoder and the handcrafted `baselines`. Classes
-    without train or test shapes are left out. (For the part "validation", these are the classes
-    without train or validation shapes.) Queries that are alone in their class are left out too.
-    Returns the result record. Raises ValueError or ReadError if a model or the data cannot be used.
+    searched. The baselines are an untrained encoder and the handcrafted descriptors that
+    `descriptors.py::baselines` returns. Classes without train or test shapes are left out. (For the
+    part "validation", classes without train or validation shapes are left out instead.) Queries
+    that are alone in their class are left out too. Returns the result record. Raises ValueError or
+    ReadError if a model or the data cannot be used.
     """
     scores: dict[str, np.ndarray] = {}
     record: dict[str, Any] = {}
@@ -165,11 +167,12 @@ def opened(
     """Yield for every model: its encoder; its descriptors by name; and the shapes.
 
     A descriptor is a pair: a function that computes vectors, and a function that compares them. The
-    descriptors of the first model also include its baselines. dataset: its up axis may also be
-    "none", for vectors that do not depend on the rotation of a shape. part: the split to search:
-    train, test or validation. The attribute `test` of the yielded shapes has this split, whichever
-    it is (see `Labelled.of`). whole: read the shapes of an .npz bundle or a store with all of their
-    points, and not only with as many points as the encoder sees.
+    descriptors of the first model also include its baselines. dataset: where the shapes are read
+    from. Its up axis may also be "none", for vectors that do not depend on the rotation of a shape;
+    the shapes themselves are then read as z-up. part: the split to search: train, test or
+    validation. The attribute `test` of the yielded shapes has this split, whichever it is (see
+    `Labelled.of`). whole: read the shapes of an .npz bundle or a store with all of their points,
+    and not only with as many points as the encoder sees.
     """
     upright = dataset._replace(up_axis=dataset.up_axis.replace("none", "z"))
     for name in models:

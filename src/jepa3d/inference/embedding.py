@@ -61,10 +61,10 @@ def embed(
     """Compute the vectors of clouds; returns an array [n, E] float32.
 
     clouds: one cloud as an array [N, 3]; several clouds as an array [n, N, 3] or a list of arrays;
-    a path; or a list of paths. A path is a file, a folder of files, a store, or the address of one
-    cloud (see clouds.py). Every cloud at a path gets a row of the result; `clouds.py::cloud_paths`
-    lists these clouds in the same order. A cloud that cannot be used gets a row of NaN, and a
-    warning names it.
+    a path; or a list of paths. A path is a file, a folder of files, a store (a dataset of
+    `jepa3d prepare`), or the address of one cloud (see clouds.py). Every cloud at a path gets a row
+    of the result; `clouds.py::cloud_paths` lists these clouds in the same order. A cloud that
+    cannot be used gets a row of NaN, and a warning names it.
 
     encoder: `jepa3d.load()` by default. up_axis: the up axis of the clouds, "x", "y" or "z" (stores
     and glTF files define their own), or "none" for vectors that do not depend on the rotation of a
@@ -107,8 +107,8 @@ def embed_each(
 
 
 def _items_of(clouds: Clouds) -> Iterator[Item]:
-    """Yield one item per cloud. A path without clouds becomes an item that raises ReadError when it
-    is read.
+    """Yield one item (`clouds.py::Item`) per cloud. A path without clouds becomes an item that
+    raises ReadError when it is read.
     """
     if isinstance(clouds, (str, Path)) or getattr(clouds, "ndim", 0) == 2:
         clouds = [clouds]
@@ -121,7 +121,9 @@ def _items_of(clouds: Clouds) -> Iterator[Item]:
 
 
 def _whole_cloud(points: np.ndarray | Tensor) -> PointCloud:
-    """Turn an array into a cloud. Raises ReadError if a coordinate is not finite."""
+    """Turn an array into a cloud. Raises ReadError if a coordinate is NaN, and as
+    `PointCloud.make` does.
+    """
     cloud = PointCloud.make(as_array(points))
     if cloud.unseen:
         raise ReadError("has NaN coordinates")
@@ -227,6 +229,9 @@ class Embedder:
         """Return results of `work` with vectors. If this process has an accelerator, `work`
         returned the encoder's inputs, which are encoded here; otherwise `work` has already encoded
         them.
+
+        `work` is an attribute: the function `embed_items` with the settings of this Embedder.
+        Worker processes call it.
         """
         if self.on_device:
             return encode(self.encoder, self.spec, results)

@@ -7,8 +7,8 @@ index    the point's number in the scan, from 0; points with NaN coordinates are
 x, y, z  float64, in the scan's coordinates
 feature  the point's feature, a vector of float32 or float16
 
-The entry `jepa3d` of the file's metadata is JSON with the keys format, model, fingerprint, tile and
-up_axis.
+The entry `jepa3d` of the file's metadata is JSON with the keys format, model, fingerprint (a hash
+of the model's weights), tile (the side of a tile, see scene.py) and up_axis.
 """
 
 import json
@@ -101,9 +101,9 @@ def _with_colors(laspy: Any, scan: Path) -> Any:
     preferred = laspy.point.dims.preferred_file_version_for_point_format(kind.id)
     newest = laspy.header.Version.from_str(max(str(header.version), preferred))
     header.set_version_and_point_format(newest, kind)
-    # The special records of a COPC file describe an octree of the old file, which does not match
-    # the new file. So these records are dropped, and so are all extended records (EVLRs), which are
-    # not read.
+    # A COPC file is a LAZ file whose points are ordered by an octree. Its special records describe
+    # where the octree's nodes lie in the old file, which is wrong for the new file. So these
+    # records are dropped. All extended records (EVLRs) are dropped too, since they are not read.
     header.vlrs = [vlr for vlr in header.vlrs if vlr.user_id != "copc"]
     header.evlrs = None
     return header

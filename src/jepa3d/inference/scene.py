@@ -87,8 +87,9 @@ class Features:
 
         chosen: rows of the cells in `cells.coords`. limit: use at most this many points of each
         cell. Encoded tiles are kept for the next call, which deletes those that it does not need.
-        So if each call gets the next line of cells (for lines and strips, see `Grid.keys`), a tile
-        that lies in one strip is encoded once, and a tile that lies in two strips is encoded twice.
+        So if each call gets the next line of cells (`cells.py::Grid.keys` explains lines and
+        strips), a tile that lies in one strip is encoded once, and a tile that lies in two strips
+        is encoded twice.
         """
         needed = np.unique(self.slots[chosen])
         needed = needed[needed >= 0].tolist()
@@ -197,7 +198,8 @@ class Colors:
         share = counts / counts.sum()
         chosen = np.sort(rng.choice(len(counts), number, replace=False, p=share))
         # The cells are processed one at a time, so that only the tiles of one cell are in memory.
-        # The cells lie far apart, so they hardly share tiles.
+        # A tile that two of the cells share is encoded again for the second cell, unless one cell
+        # directly follows the other. This only costs time.
         parts = (features.of(np.array([cell]), _PCA_POINTS) for cell in chosen)
         values = np.concatenate([found for part in parts for _, found in part])
         self.components = PCA(3, svd_solver="full")
@@ -226,7 +228,7 @@ def write_features(
     has about twice as many points as the encoder sees (its `num_points`). The disk of `out` needs
     32 bytes of temporary space per point (35 bytes if colours are written), and space for the
     results (see `_check_space`). An interrupted call deletes its temporary files. If its process is
-    killed, the next call deletes them. The next call always starts from the beginning.
+    killed, the next call for the same `out` deletes them. Every call starts from the beginning.
 
     Raises ValueError for wrong settings, or if another command is writing to `out`. Raises
     ReadError for a scan that cannot be used, and OSError if the disk has too little space.
@@ -322,8 +324,9 @@ def _check_space(folder: Path, total: int, feature_bytes: int) -> None:
     feature_bytes: number of bytes of a point's feature, or 0 if colours are written.
     """
     # The sorted file needs 32 bytes per point. A Parquet file needs 32 bytes per point for index
-    # and coordinates, and `feature_bytes`. A PLY or LAS file needs about 34 bytes per point, and
-    # the temporary file of the colours needs 3 bytes per point.
+    # and coordinates, and `feature_bytes`. For a PLY or LAS file, 34 bytes per point are counted:
+    # PLY needs 27, and the usual point formats of LAS need 34 or 36. The temporary file of the
+    # colours needs 3 bytes per point.
     needed = total * (32 + (32 + feature_bytes if feature_bytes else 3 + 34))
     free = shutil.disk_usage(folder).free
     if free < needed:

@@ -3,7 +3,7 @@ Parquet output of `jepa3d embed`, or a database of `jepa3d index` (lance.py). Th
 unless a database is searched with `probes`.
 
 A search in Parquet files has only one row group (a block of rows) in memory at a time. Cosines in
-float32 select a few candidates, whose cosines are then computed in float64 (`rank`).
+float32 select a few candidates, whose cosines are then computed in float64 (`rank` in hits.py).
 
 For Parquet files with at least `WORTH` vectors, a copy `NAME.arrow` is written beside the index and
 mapped into memory, so that further searches read little from disk. The copy holds the rows
@@ -43,7 +43,8 @@ HALF_SLACK = 2.5e-3
 # queries, reading the vectors takes longer than multiplying them, and half precision halves what is
 # read.
 FEW = 4
-# An index with at least this many rows gets a copy; a smaller index is read within 0.2 seconds.
+# An index with at least this many rows gets a copy. A smaller index is read from Parquet within
+# about 0.2 seconds, so a copy would save little time.
 WORTH = 100_000
 # metadata key of a copy; its value is the `_stamp` of the files that were copied
 _KEY = b"jepa3d copy 2 of"
@@ -66,17 +67,18 @@ def search(
 
     index: a Parquet file or folder of `jepa3d embed`, or a database of `jepa3d index`. queries:
     vectors [q, E], or a path (see `query_vectors`). Every cloud at the path is a query, in the
-    order of `cloud_paths`; clouds that cannot be used are left out. where: conditions that must all
-    hold for a row, see `Condition`. exclude: for each query, None or the path of a cloud that is
-    left out of the hits, even if the index has it under another path that links to the same file.
-    By default, a cloud at the path `queries` is not its own hit. probes: how many partitions of a
-    database to search; the search is then approximate, and the database needs the partitions that
-    `jepa3d index --ann` makes.
+    order of `clouds.py::cloud_paths`; clouds that cannot be used are left out. where: conditions
+    that must all hold for a row, see `hits.py::Condition`. exclude: for each query, None or the
+    path of a cloud that is left out of the hits, even if the index has it under another path that
+    links to the same file. By default, a cloud at the path `queries` is not its own hit. probes:
+    how many partitions of a database to search; the search is then approximate, and the database
+    needs the partitions that `jepa3d index --ann` makes.
 
     Cosines are rounded to six decimals; rows of equal cosine are ordered by path. A query has fewer
     than k hits if fewer rows remain after `where` and `exclude`. Raises ValueError for wrong
     settings, or if a query is zero, is not finite or has another width than the vectors. Raises
-    ReadError if the index cannot be read, or if none of the queries can be read.
+    ReadError if the index cannot be read, or if none of the queries can be read. Both are also
+    raised by `open_index` and, if `queries` is a path, by `query_vectors`.
     """
     if k < 1:
         raise ValueError(f"-k {k}: must be 1 or more")
@@ -131,6 +133,7 @@ def _search_files(
             # below every cosine.
             worst = hits[i][-1].cosine if len(hits[i]) == k else -2.0
             top = rows[_near(scores[i, rows], worst, k, slack)]
+            # candidates by half precision: keep those that are still candidates by float32
             if slack > SLACK:
                 exact = x[top] @ query.astype(np.float32)
                 exact /= np.linalg.norm(x[top], axis=1)
@@ -195,7 +198,7 @@ def open_index(index: Path) -> "Vectors | VectorStore":
     """Open an index: the vectors that `jepa3d embed` or `jepa3d index` wrote.
 
     Raises ReadError if the index does not exist, is of another kind or holds no vectors. Raises
-    ValueError if the Parquet files of a folder have different specifications.
+    ValueError if the Parquet files of a folder have different specifications (spec.py).
     """
     if not index.exists():
         raise ReadError(f"{index}: no such file or folder; make it with jepa3d embed")
@@ -217,8 +220,9 @@ def query_vectors(
     vectors of the index, the queries are these rows.
 
     Clouds that cannot be used are logged and left out. model: path of the index's encoder, if the
-    encoder was moved. Raises ValueError if `model` is a different encoder, and ReadError if no
-    cloud can be used.
+    encoder was moved. Raises ValueError if the encoder cannot be loaded or is a different one, or
+    if the vectors were made by an incompatible version of jepa3d. Raises ReadError if no cloud can
+    be used, or if a .npy file is damaged.
     """
     spec, path = open_index(Path(index)).spec, Path(query)
     if path.suffix == ".npy" and path.is_file():
@@ -240,8 +244,9 @@ def groups(vectors: Vectors) -> Iterator[tuple[ReadGroup, tuple[str, ...]]]:
     """Return, for each row group of an index, a function that reads columns by name, and the names
     of the additional columns: `_MORE` for a copy, none for Parquet.
 
-    A large index is read from its copy. If the copy is missing or outdated, it is made now. If it
-    cannot be written, or another process is writing it, the index is read from Parquet.
+    An index with at least `WORTH` rows is read from its copy. If the copy is missing or outdated,
+    it is made now. If the copy cannot be written, or if another process is writing it, the index is
+    read from Parquet.
     """
     batches = _copied(vectors) if len(vectors) >= WORTH else None
     if batches is None:
@@ -275,8 +280,8 @@ def _copied(vectors: Vectors) -> list[pa.RecordBatch] | None:
 
 
 def _stamp(files: list[Path]) -> str:
-    """Return a text that differs after any change of the files, since every change of an index
-    replaces a file by a new one.
+    """Return a text that differs after any change of the files: it has their names, sizes,
+    modification times and inodes, and every change of an index replaces a file by a new one.
     """
     stats = [(file.name, file.stat()) for file in files]
     return json.dumps([(name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in stats])
@@ -299,7 +304,8 @@ def _open(file: Path, stamp: str) -> list[pa.RecordBatch]:
 def _write(vectors: Vectors, file: Path, stamp: str) -> None:
     """Write the copy of an index. An incomplete copy is never left behind.
 
-    Raises OSError if the copy cannot be written, and ValueError if the vectors change meanwhile.
+    Raises OSError if the copy cannot be written, ReadError if the vectors are damaged, and
+    ValueError if they change meanwhile.
     """
     size = len(vectors) * vectors.spec.embed_dim * 6 / 1e6
     log.warning(f"making {file}, a copy of the index for quick searches ({size:,.0f} MB)")

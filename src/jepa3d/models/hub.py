@@ -154,8 +154,9 @@ def _check(cls: Any, settings: dict[str, Any], begin: str) -> None:
     fit the arguments of their classes (`cls.PARTS`).
 
     begin: first words of an error message. Raises ValueError if an argument is missing, unknown or
-    of the wrong type, or if an integer other than `layer` is not positive. The first argument must
-    be present even if it has a default; other arguments with a default may be absent.
+    of the wrong type, or if an integer other than `layer` is not positive. Arguments with a default
+    may be absent, except the first argument. The first argument must be present, so that the
+    config.json of another kind of network, which has none of the arguments, is refused.
     """
     arguments = _arguments(cls)
     needed = [name for name, value in arguments.items() if value.default is value.empty]
@@ -279,7 +280,8 @@ def _unreachable() -> str:
     """Return a text that says why the Hub cannot be reached.
 
     The text is empty if the Hub answers, even if it answers with an error. The text is also empty
-    after an SSL error, so that the download is tried all the same.
+    after an SSL error, so that the download is tried all the same: the Hub's client may trust other
+    certificates than urllib does.
     """
     request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
     try:

@@ -36,7 +36,7 @@ from jepa3d.run import Run
 # the processes on such a machine.
 ON_CPU = not torch.accelerator.is_available()
 # A trial takes WARM_UP + STEPS steps with each combination of precision and compilation. All steps
-# are timed, but the times of the first WARM_UP are not used.
+# are timed, but the times of the first WARM_UP are not used, since they include the compilation.
 WARM_UP, STEPS = 2, 5
 How = tuple[str, bool]  # precision, and whether blocks are compiled
 Config = TypeVar("Config", bound=RunConfig)
@@ -177,9 +177,10 @@ def _measured(task: Any, clouds: PointClouds, config: RunConfig) -> dict[str, An
 def trial(task: Any, clouds: PointClouds, config: RunConfig, hows: list[How]) -> dict[How, float]:
     """Time forward and backward passes on copies of the task, one copy per combination in `hows`.
 
-    The combinations take turns. Returns the median seconds of each combination. A combination that
-    fails is left out. But if there are several processes, or if no other combination is left, its
-    RuntimeError is raised. All processes must call this function.
+    Only the task's objective (the module that computes the loss) is copied. The combinations take
+    turns. Returns the median seconds of each combination. A combination that fails is left out. But
+    if there are several processes, or if no other combination is left, its RuntimeError is raised.
+    All processes must call this function.
     """
     state = PartialState(cpu=ON_CPU)
     device = cast(torch.device, state.device)

@@ -61,8 +61,8 @@ def finetune(
     stop_at: step at which the run stops early. data: the labelled shapes; None loads `config.data`.
     encoder: the encoder to start from; None loads `config.init`. protocol: the protocol's name in
     the result; None uses `protocol_name`. Returns the run's folder `out`. Raises ValueError for
-    settings or data that cannot work, before anything is written. Raises loop.Interrupted if the
-    run is stopped.
+    settings or data that cannot work, before anything is written, and if another command is writing
+    to `out`. Raises the errors of `loop.py::fit` too, such as Interrupted if the run is stopped.
     """
     config, encoder, started = begin(config, out, resume, encoder)
     if started and runs.close_if_finished(out):
@@ -159,7 +159,8 @@ def start_encoder(config: FinetuneConfig, copied: Path | None) -> PointEncoder |
 
     Returns None for a run from scratch. copied: if the run is continued, the folder of its copy of
     the encoder, else None. The copy is read instead of `config.init`, since the network that
-    `config.init` names may have changed. Raises ValueError if the loaded network is not an encoder.
+    `config.init` names may have changed. Raises ValueError if the network cannot be loaded or is
+    not an encoder.
     """
     source = str(copied) if copied else config.init
     if source is None:
@@ -194,8 +195,8 @@ def make_network(
     the network's encoder. If `encoder` is None, the weights stay random, and the statistics of the
     BatchNorms are computed from train shapes.
 
-    If `config.trained` is "head_first", the head is fitted to the encoder's vectors of the train
-    shapes.
+    If `config.trained` is "head_first", the head is fitted here to the encoder's vectors of the
+    train shapes, before the run trains all weights.
     """
     arguments: dict[str, Any] = vars(config.encoder) | size_overrides(config)
     classes = list(data.class_names)

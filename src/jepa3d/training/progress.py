@@ -34,7 +34,11 @@ def spent_since(start: dict[str, float]) -> dict[str, float]:
 
 
 def peak_memory() -> int:
-    """Return the peak memory in bytes: of the accelerator if there is one, else of the process."""
+    """Return the peak memory in bytes: of the accelerator if there is one, else of the process.
+
+    Torch does not measure the peak memory of some accelerators, such as Apple's. The peak memory of
+    the process is then returned.
+    """
     measure = getattr(torch.get_device_module(), "max_memory_allocated", None)
     if torch.accelerator.is_available() and measure:
         return measure()
@@ -49,6 +53,9 @@ def peak_memory() -> int:
 class Progress:
     """Show and record a run's progress from `state["step"]` to step `total`. If the run is resumed,
     metrics that were logged after `state["step"]` are deleted.
+
+    path: the file metrics.jsonl, or None for a dry run. state: the state of `loop.py::fit` at the
+    start. shown: whether this process shows and records the progress; only the first process does.
     """
 
     def __init__(
