@@ -10,7 +10,7 @@ import ctypes
 import platform
 
 # the numbers of these parameters of mallopt in glibc's malloc.h
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
 
 
 def keep_large_blocks() -> bool:
@@ -24,5 +24,6 @@ def keep_large_blocks() -> bool:
     # Blocks of less than 1 GiB come from malloc's heap, not from a request of their own to the
     # operating system. The heap returns memory only if more than 1 GiB at its end is free, and
     # requests 256 MiB more than it needs each time it grows.
-    keep = mallopt(_M_MMAP_THRESHOLD, 2**30) and mallopt(_M_TRIM_THRESHOLD, 2**30)
-    return bool(keep and mallopt(_M_TOP_PAD, 2**28))
+    # Older versions of glibc refuse a threshold above 32 MiB; there, no block is mapped.
+    unmapped = mallopt(_M_MMAP_THRESHOLD, 2**30) or mallopt(_M_MMAP_MAX, 0)
+    return all([unmapped, mallopt(_M_TRIM_THRESHOLD, 2**30), mallopt(_M_TOP_PAD, 2**28)])

@@ -129,6 +129,7 @@ def test_whoever_sits_there_is_asked(scans, monkeypatch):
     [
         ("file,name\na,b\n", "needs columns path and name"),
         ("path,name\nno.xyz,b\n", "no.xyz is not among"),
+        ("name,path\nchair\n", "the name 'chair' has no path"),
     ],
 )
 def test_names_that_cannot_be_used_are_told(tmp_path, text, message):

@@ -149,7 +149,10 @@ def _bundle(path: Path, num_points: int, up_axis: str, key: str, parts: bool) ->
     facts = facts_in(path, key, "points", *(["parts"] if parts else []))
     points, none = facts["points"], np.full(len(facts["points"]), -1)
     labels, names = facts.get("label", none), facts.get("class_names", ())
-    names = names or tuple(map(str, range(int(labels.max()) + 1)))
+    if not names:  # number the labels that occur, and name them by their value
+        found, labels = np.unique(labels, return_inverse=True)
+        unlabelled = int((found < 0).sum())
+        names, labels = tuple(map(str, found[unlabelled:].tolist())), labels - unlabelled
     per_point, part_names = _parts(facts, path) if parts else ([None] * len(points), ())
 
     def read(i: int) -> PointCloud:

@@ -4,6 +4,8 @@ Only `jepa3d prepare` unpacks archives, since it copies the clouds to a store (s
 commands refuse archives.
 """
 
+import gzip
+import lzma
 import os
 import shutil
 import tarfile
@@ -34,7 +36,15 @@ _SUFFIXES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz")
 _MOST = 100, 1 << 30
 REFUSAL = "is an archive; unpack it first, or make a store from it with jepa3d prepare"
 # what Python raises for damaged archives
-_DAMAGE = (zipfile.BadZipFile, tarfile.TarError, EOFError, RuntimeError, zlib.error)
+_DAMAGE = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    gzip.BadGzipFile,
+    lzma.LZMAError,
+    zlib.error,
+    EOFError,
+    RuntimeError,
+)
 
 
 def discover(
@@ -217,6 +227,10 @@ def _untar(source: Path, folder: Path) -> None:
             total += member.size
             _check_size(source, folder, total)
             archive.extract(member, folder, filter="data")
+        # The checksum of a .gz stands at its end, where nothing is read otherwise.
+        while rest := archive.fileobj.read(1 << 20):
+            total += len(rest)
+            _check_size(source, folder, total)
 
 
 def _check_size(source: Path, folder: Path, total: int) -> None:

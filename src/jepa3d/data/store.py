@@ -136,8 +136,8 @@ class Store:
         if size < size_at_opening:
             # reading the missing pages would crash the process
             raise ReadError(f"{path}: was deleted or cut off while it was read")
-        if len(self._open) > 64:  # forget the shard that was opened first
-            self._open.pop(next(iter(self._open)), None)
+        for first in list(self._open)[:-64]:  # forget the shards that were opened first
+            self._open.pop(first, None)
         return found
 
     def _span(self, row: int) -> tuple[int, slice]:

@@ -176,7 +176,8 @@ def grid_for(
     """
     choose = partial(choose_tile, low, high, sample, total, 2 * encoder.num_points)
     grid = Grid(low, high, choose() if tile is None else tile)
-    if np.prod(grid.count + 2.0) * 8 > 2**_KEY_BITS:
+    most = 2**_KEY_BITS
+    if np.prod(grid.count + 2.0) * 8 > most or grid.keys(grid.count[None])[0] >= most:
         extent = " x ".join(f"{size:.6g}" for size in high - low)
         raise ValueError(f"--tile {grid.tile:g}: too small for a scene of {extent}")
     few = median_count(grid, sample) * total / len(sample) < encoder.min_points

@@ -188,6 +188,8 @@ def read_names(file: Path, paths: list[str]) -> dict[str, str]:
             raise ReadError(f"{file}: needs columns path and name, has {[*row]}")
         if not (name := (row["name"] or "").strip()):
             continue
+        if not row["path"]:
+            raise ReadError(f"{file}: the name {name!r} has no path")
         spellings = row["path"], str(Path(row["path"]).absolute())
         if not (path := next((path for path in spellings if path in embedded), None)):
             raise ReadError(f"{file}: {row['path']} is not among the embedded clouds")
