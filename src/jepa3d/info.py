@@ -21,7 +21,8 @@ from jepa3d.training.engine import named
 from jepa3d.training.runs import outcome
 
 _DRAWN = 60  # a contact sheet shows at most this many shapes
-# key in a run's cost -> divisor, number format, and unit in words
+# How a run's cost is printed: key in the cost -> divisor, number format, and unit in words. Stage I
+# is the training of networks that the run needs first, such as a teacher (run.py).
 _UNITS: dict[str, tuple[float, str, str]] = {
     "step": (1, ",.0f", "steps"),
     "cpu_seconds": (60, ".1f", "CPU-minutes"),
@@ -45,11 +46,12 @@ def describe(
     """Print a description of a run, a network or a source of shapes.
 
     path: what to describe; None describes this installation. The other arguments are used only for
-    a source of shapes. up_axis, labels_key: the up axis of the source, and the name of the array of
-    labels in an .npz file. picture: a file to which pictures of some shapes are written. verify:
-    compare the files of a store with their checksums. For any other source, every cloud is read
-    even without `verify`; with it, a line is printed that says so. Raises ValueError if `path` is
-    nothing that can be described, or is damaged.
+    a source of shapes, which is any source of `load` in data/datasets.py. up_axis, labels_key: the
+    up axis of the source, and the name of the array of labels in an .npz file. picture: a file to
+    which pictures of some shapes are written. verify: compare the files of a store with their
+    checksums. For any other source, every cloud is read even without `verify`; with `verify`, a
+    line is printed that says so. Raises ValueError if `path` is nothing that can be described, or
+    is damaged; if the up axis is unknown; or if a picture is wanted but matplotlib is missing.
     """
     if path is None:
         _installation()
@@ -63,6 +65,8 @@ def describe(
     elif (folder / "store.json").is_file():
         _store(Store(path, unfinished=True), verify, picture)
     else:
+        # Number of points per cloud: "synthetic" makes twice as many. In any other source, a cloud
+        # keeps all of its points, and must have at least this many.
         count = 512 if path.startswith("synthetic") else 1
         clouds = load([path], count, "all", [up_axis], labels_key, raw=True)
         _shapes(clouds)
@@ -96,6 +100,10 @@ def run_facts(run: Run) -> dict[str, Any]:
     """Return facts about a run, finished or not, as name -> value: its command, data and seed and,
     as far as they are known, its initial weights, numbers of parameters, image transformer,
     precision, device and cost.
+
+    Only a downstream run (of `classify`, `segment` or `fewshot`) has the fact on initial weights.
+    Only a run that trains a dVAE has the fact on the image transformer, and only if the setting
+    `dvae.backbone` names one.
     """
     config, record, cost = run.config, run.record, run.cost or {}
     data = record["data"]
@@ -240,9 +248,10 @@ def _draw(
 ) -> None:
     """Draw a contact sheet (pictures of some shapes); it begins with one shape of each class.
 
-    points, key: functions that return the points and the key of shape i. labels: class numbers, -1
-    for no class. The title of a shape is its class or, if it has none, its key. If no shape has a
-    class, the sheet shows shapes that are evenly spread over the source.
+    Then come the second shape of each class, the third, and so on, up to `_DRAWN` shapes. If no
+    shape has a class, the sheet shows shapes that are evenly spread over the source. The title of a
+    shape is its class or, if it has none, its key. points, key: functions that return the points
+    and the key of shape i. labels: class numbers, -1 for no class.
     """
     rows = first_of_each(labels)[:_DRAWN].tolist()
     if labels.max() < 0:

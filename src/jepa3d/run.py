@@ -2,12 +2,15 @@
 
 config.json         the resolved settings         run.json       data, versions, status, cost
 metrics.jsonl       one line per logged step      results.json   metrics of a downstream run
-untrained/          the encoder before step 1     encoder/, dvae/ or model/   the trained network
+untrained/          the untrained encoder         encoder/, dvae/ or model/   the trained network
 stage1/NAME/        runs of stage I               given/N/       networks copied from path or Hub
 snapshots/step-N/   the encoder during training   checkpoints/   kept until the run is finished
 
-Stage I is the training of a network that the run then uses as a teacher, or whose weights it starts
-from. A downstream run is one of `classify`, `segment` or `fewshot`; its config.json also contains
+The untrained encoder has random weights: those of step 0, or, if the run starts from given weights
+(the setting `init`), those that it would otherwise have started from. Stage I is the training of a
+network that the run then uses as a teacher, or whose weights it starts from. The folders given/0,
+given/1 and so on have copies of the networks that the settings name by path or Hub id. A downstream
+run is one of `classify`, `segment` or `fewshot`; its config.json also contains
 its `task`, which is one of these names. Runs of `pretrain` are written by training/pretrain.py.
 Downstream runs are written by training/finetune.py and training/fewshot.py, whose docstrings list
 further files.
@@ -48,7 +51,7 @@ class Run:
         file = self.folder / "config.json"
         try:
             values = json.loads(file.read_text())
-            # After version 0.1.0, config.json never contains "auto" (see `settle` in
+            # After version 0.1.0, mixed_precision is never "auto" in config.json (see `settle` in
             # training/engine.py). In version 0.1.0, "auto" meant what "measure" means now.
             if values.get("mixed_precision") == "auto":
                 values["mixed_precision"] = "measure"
@@ -66,7 +69,11 @@ class Run:
 
     @property
     def record(self) -> dict[str, Any]:
-        """The content of run.json: data, status, command, and (if known) cost and precision."""
+        """The content of run.json: data, status, command, and (if known) cost and precision.
+
+        Precision, compilation and device have the key "engine". Other keys are versions and
+        machine, and for `pretrain` the settings that differ from the paper's ("departures").
+        """
         record = read_checked(self.folder / "run.json", "status", "data", "command")
         groups = {
             "data": ("name", "shapes", "fingerprint"),
@@ -144,13 +151,13 @@ class Run:
 
     @property
     def untrained(self) -> Path:
-        """The folder of the encoder before the first step."""
+        """The folder of the untrained encoder (see the top of this file)."""
         return self.folder / "untrained"
 
     @property
     def snapshots(self) -> dict[int, Path]:
-        """The folders of all stored encoders of a finished run, by step: the encoder before the
-        first step, the snapshots, and the final encoder.
+        """The folders of all stored encoders of a finished run, by step: the untrained encoder (as
+        step 0), the snapshots, and the final encoder.
         """
         folders = (self.folder / "snapshots").glob("step-*")
         between = {int(folder.name.removeprefix("step-")): folder for folder in folders}
@@ -163,8 +170,9 @@ class Run:
 
     @property
     def teachers(self) -> dict[str, Path]:
-        """The folders of a run's other networks, by name. These are the networks that stage I
-        trained, and copies of the networks that the settings name by path or Hub id.
+        """The folders of a run's other networks, by name, such as "stage1 dvae" or "given 0". These
+        are the networks that stage I trained, and copies of the networks that the settings name by
+        path or Hub id.
         """
         folders = [stage.folder for stage in self.stages]
         folders += sorted(self.folder.glob("given/*"))

@@ -1,7 +1,8 @@
 """The generative rival of 3D-JEPA (the paper's Fig. 2), as in Point-MAE: reconstruct the points of
 masked patches.
 
-Pang et al., "Masked Autoencoders for Point Cloud Self-supervised Learning", ECCV 2022.
+"The paper" is that of 3D-JEPA, which jepa.py names. Point-MAE is from Pang et al., "Masked
+Autoencoders for Point Cloud Self-supervised Learning", ECCV 2022.
 """
 
 from typing import NamedTuple
@@ -18,6 +19,8 @@ from jepa3d.ops import BatchGenerator, chamfer_l2, gather_points
 
 
 class GenerativeOutput(NamedTuple):
+    # Axes: B clouds, T masked patches per cloud, K points per patch, n visible tokens in the whole
+    # batch, C the width of the encoder.
     loss: Tensor  # scalar, Chamfer-L2 between predicted and true masked patches
     prediction: Tensor  # B T K 3, points of masked patches, relative to their centres
     target: Tensor  # B T K 3, the true masked patches
@@ -27,6 +30,8 @@ class GenerativeOutput(NamedTuple):
 class Generative(nn.Module):
     """Masked autoencoder: the encoder sees the visible tokens; a plain decoder and a linear head
     predict the K points of each masked patch.
+
+    The decoder is plain: unlike that of 3D-JEPA, it has no cross-attention to the encoder's output.
     """
 
     def __init__(self, config: PretrainConfig, encoder: PointEncoder):
@@ -49,7 +54,8 @@ class Generative(nn.Module):
     ) -> GenerativeOutput:
         """Compute the loss for points [B, N, 3].
 
-        generator: source of all random draws. progress: unused; other objectives may need it.
+        generator: source of all random draws. progress: not used here. training/loop.py passes this
+        number to every objective, since the dVAE's objective needs it.
         """
         encoder = self.encoder
         centers, patches, _ = group(

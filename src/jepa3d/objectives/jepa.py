@@ -26,10 +26,13 @@ from jepa3d.plain import is_code, load_code
 
 
 class JEPAOutput(NamedTuple):
-    # scalar: the cosine loss or, if SIGReg or the view term is used, a weighted sum of the cosine
-    # loss and the terms that are used
+    # Axes: B clouds (see `JEPA.forward`), A target blocks of T tokens, M tokens per cloud, K points
+    # per patch, n context tokens in the whole batch; C is the width of the encoder, E that of the
+    # teacher.
+    # scalar: the cosine loss. If the settings add SIGReg, the view term or both, `loss` is the
+    # weighted sum of the cosine loss and these terms.
     loss: Tensor
-    prediction: Tensor  # B A T E: A target blocks of T tokens
+    prediction: Tensor  # B A T E
     target: Tensor  # B A T E
     sample: TokenSample
     centers: Tensor  # B M 3, patch centres of all tokens
@@ -46,8 +49,8 @@ class JEPA(nn.Module):
     If `teacher` is None, a second run of the encoder, on all tokens and with gradients, computes
     the targets. The regulariser SIGReg, which is applied to all tokens of the second run, then
     prevents collapse, as in LeJEPA. With a teacher, SIGReg is optional and is applied to the
-    encoded context. Raises ValueError if `target.project` is set and the widths of encoder and
-    teacher differ.
+    encoded context. `target.project` applies the linear layer to the targets too. Raises ValueError
+    if `target.project` is set and the widths of encoder and teacher differ.
 
     >>> objective = JEPA(PretrainConfig(), encoder, teacher)
     >>> output = objective(points, BatchGenerator(seed=0, step=0))    # points [B, N, 3]
@@ -93,17 +96,20 @@ class JEPA(nn.Module):
     ) -> JEPAOutput:
         """Compute the loss for points [B, N, 3].
 
-        generator: source of all random draws. progress: unused; other objectives may need it.
+        generator: source of all random draws. progress: not used here. training/loop.py passes this
+        number to every objective, since the dVAE's objective needs it.
         cached: either nothing, or three tensors that were computed before training
         (training/cache.py): the point indices of the centers [B, M], those of the patches
         [B, M, K], and the teacher's tokens [B, M, E].
 
         With the view term (`target.view`), `points` must hold at least the encoder's `num_points`
         points per cloud, in farthest point order. Context and target tokens then come from a
-        damaged view of each cloud (`random_view`), and the objective also predicts the teacher's
-        vector of the whole, undamaged cloud. With several masks per cloud (`sampler.masks`, as in
-        AsymDSD, arXiv 2506.21724), B in the shapes of the output is the number of clouds times
-        `masks`.
+        damaged view of each cloud (`random_view`). A second head predicts, from the encoded context
+        of this view, the teacher's vector of the undamaged cloud (`teacher_vectors`); the loss of
+        this prediction is the view term.
+
+        With several masks per cloud (`sampler.masks`, as in AsymDSD, arXiv 2506.21724), B in the
+        shapes of the output is the number of clouds times `masks`.
         """
         encoder = self.encoder
         view_target = None
@@ -195,13 +201,13 @@ class JEPA(nn.Module):
         target_position = encoder.position(gather_points(centers, sample.target))
         if len(decoder.blocks):
             context = encoder.hidden_states(tokens, position, layout, generator)[-1]
-            if decoder.position:
+            if decoder.position:  # set by `decoder.ranks`: positions are ranks, not coordinates
                 rank_positions = decoder.position(token_ranks(centers))
                 position = layout.pack(gather_points(rank_positions, sample.context))
                 target_position = gather_points(rank_positions, sample.target)
             return self.projection(decoder(context, layout, position, target_position)), context
         # Without a decoder (Table V of the paper), context and mask tokens go through the encoder
-        # together.
+        # together. In its output, the first rows are the context of the first decoder pass.
         x, position, joint = decoder.assemble(tokens, layout, position, target_position)
         encoded = encoder.hidden_states(
             joint.every_pass(x), joint.every_pass(position), joint, generator
@@ -222,8 +228,9 @@ class JEPA(nn.Module):
 
     def metrics(self, output: JEPAOutput) -> dict[str, float]:
         """Return metrics for the log: measures of collapse, the loss of a prediction from positions
-        alone (only for `target.unit` "token"), the additional loss terms, the mean number of
-        context tokens, and the share of the context's points that also lie in target patches.
+        alone (only for `target.unit` "token"), the view term and SIGReg before weighting (if used),
+        the mean number of context tokens, and the share of the context's points that also lie in
+        target patches.
         """
         metrics = collapse_figures(output.prediction, output.target, self.settings.unit)
         if self.settings.unit == "token":
@@ -244,7 +251,8 @@ def cosine_loss(prediction: Tensor, target: Tensor, unit: str = "token") -> Tens
     """Compute the mean over blocks of 1 - cos(prediction, target): the equation in the paper's
     section III-E, with its sign corrected.
 
-    prediction, target: tokens [B, A, T, E]. unit: "token" takes the cosine of each token and
+    The paper's equation is a similarity, which training would have to maximise. prediction, target:
+    tokens [B, A, T, E]. unit: "token" takes the cosine of each token and
     averages over the block; "block" concatenates the tokens of a block and takes one cosine. With
     "token", prediction and target may also be vectors [B, E].
     """
