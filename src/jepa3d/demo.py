@@ -12,6 +12,7 @@ from jepa3d.evaluation.tables import show
 from jepa3d.figures import draw_blocks, draw_curves
 from jepa3d.training.pretrain import check, pretrain
 
+# settings in which the demo differs from preset tiny
 DEMO = {"max_steps": 2000, "log_every": 100, "checkpoint_every": 200}
 
 

@@ -1,7 +1,7 @@
 """Checks a run's settings before any data is read, and compares them with the paper's.
 
 config.py defines the range of each number; this file checks the ranges, and then whether the
-settings fit together.
+settings fit together. The paper is that of 3D-JEPA (arXiv 2409.15803).
 """
 
 from collections.abc import Iterator
@@ -116,8 +116,8 @@ def departures(config: settings.PretrainConfig, num_shapes: int) -> dict[str, tu
 
     num_shapes: number of shapes in the run's data. If it is that of ShapeNet55, the data are taken
     to be the paper's. The paper trains for 150 or 300 epochs, so neither number counts as a
-    difference. The seed, the up axis and the settings in `BOOKKEEPING`, such as log_every, are not
-    compared.
+    difference. The seed, the up axis, the settings in `BOOKKEEPING`, such as log_every, and the
+    settings that have no effect in this run are not compared.
     """
     # If the objective is not jepa, the schedule is compared with the defaults of that objective.
     paper = to_dict(settings.resolve({"objective": config.objective}))
@@ -132,8 +132,11 @@ def departures(config: settings.PretrainConfig, num_shapes: int) -> dict[str, tu
     if num_shapes == SHAPENET55:
         ours["data"] = paper["data"]
     ours["epochs"] = 300 if ours["epochs"] == 150 else ours["epochs"]
+    # Without SIGReg, the number of its slices has no effect.
     if not config.target.sigreg:
         del ours["target"]["num_slices"]
+    # The schedule of the run's own objective is compared once, at the top level, and not again in
+    # the group of the objective. Groups of objectives that the run does not train are ignored.
     for name in settings.STAGE_ONE:
         if name == config.objective:
             ours[name] = {

@@ -1,6 +1,6 @@
 """Corrupt clouds, for example with the noise, holes and stray points of a scanner.
 
-Each kind of corruption is a function of one cloud [N, 3] in the unit sphere, a level and a random
+Each kind of corruption is a function of one cloud [N, 3] in the unit ball, a level and a random
 generator. The first seven kinds are those of PointCloud-C (Ren et al. 2022, arXiv 2202.03377), each
 at five levels, called severities. PointCloud-C states how many of 1,024 points are removed or
 added. Here these numbers are converted to shares, so that the effect does not depend on the number
@@ -21,13 +21,13 @@ class Kind(NamedTuple):
 
     change: Callable[[np.ndarray, float, Generator], np.ndarray]
     levels: tuple[float, ...]  # mildest first
-    # True if the packaged encoder was trained on changes of this kind: `random_view` in
-    # transforms.py makes them, or the random scaling of the axes does
+    # True if the encoder in the package was trained on changes of this kind. In training,
+    # `random_view` in transforms.py or the random scaling of the axes makes such changes.
     trained: bool = True
 
 
 def corrupt(points: np.ndarray, kind: str, severity: int, shape: int) -> np.ndarray:
-    """Corrupt a cloud [N, 3] in the unit sphere; returns points [n, 3] float32.
+    """Corrupt a cloud [N, 3] in the unit ball; returns points [n, 3] float32.
 
     kind: a key of `KINDS`. severity: index of the level, from 0. shape: index of the shape; kind,
     severity and shape together seed the random generator.
@@ -48,7 +48,7 @@ def scale(points: np.ndarray, most: float, rng: Generator) -> np.ndarray:
 
 
 def tilt(points: np.ndarray, most: float, rng: Generator) -> np.ndarray:
-    """Rotate about x, then y, then z, each by a random angle of at most `most` radians."""
+    """Rotate about x, then y, then z, each by a random angle from -`most` to `most` radians."""
     for axis, angle in enumerate(rng.uniform(-most, most, 3)):
         points = _rotated(points, axis, angle)
     return points
@@ -77,9 +77,11 @@ def add_global(points: np.ndarray, share: float, rng: Generator) -> np.ndarray:
 
 def add_local(points: np.ndarray, share: float, rng: Generator) -> np.ndarray:
     """Add points in one to seven clusters around random points of the cloud. Added points outside
-    the unit ball are moved into it.
+    the unit ball are moved into it, from distance r from the centre to distance 1 / r.
 
-    share: number of all added points, relative to the number of points in the cloud.
+    The points of a cluster are normally distributed, with a standard deviation that is drawn once
+    per cluster, from 0.075 to 0.125. share: number of all added points, relative to the number of
+    points in the cloud.
     """
     sizes = _clusters(share * len(points), rng)
     middle = _some(points, len(sizes), rng).repeat(sizes, 0)
@@ -106,7 +108,7 @@ def far_stray(points: np.ndarray, distance: float, rng: Generator) -> np.ndarray
 
 
 def few_points(points: np.ndarray, count: float, rng: Generator) -> np.ndarray:
-    """Keep `count` random points."""
+    """Keep `count` random points, or all points if there are fewer."""
     return _some(points, int(count), rng)
 
 
@@ -116,7 +118,7 @@ def cut(points: np.ndarray, share: float, rng: Generator) -> np.ndarray:
 
 
 def turn_up(points: np.ndarray, most: float, rng: Generator) -> np.ndarray:
-    """Rotate about the up axis z by a random angle of at most `most` radians."""
+    """Rotate about the up axis z by a random angle from 0 to `most` radians."""
     return _rotated(points, 2, rng.uniform(0, most))
 
 
@@ -125,6 +127,7 @@ def turn_any(points: np.ndarray, _: float, rng: Generator) -> np.ndarray:
     matrix, upper = np.linalg.qr(rng.standard_normal((3, 3)))
     # without these signs, some rotations would be more likely than others
     matrix = matrix * np.sign(np.diag(upper))
+    # if the determinant is -1, the matrix contains a reflection, but its negative is a rotation
     return points @ (matrix * np.linalg.det(matrix))
 
 
@@ -180,7 +183,8 @@ def _squares(points: np.ndarray, place: np.ndarray) -> np.ndarray:
     return np.square(points - place).sum(-1)
 
 
-# name -> kind. PointCloud-C removes or adds n of 1,024 points; here, the level is n / 1024.
+# name -> kind. Where PointCloud-C removes or adds n of 1,024 points ("drop" and "add"), the level
+# here is n / 1024.
 KINDS = {
     "jitter": Kind(jitter, (0.01, 0.02, 0.03, 0.04, 0.05)),
     "scale": Kind(scale, (1.6, 1.7, 1.8, 1.9, 2.0)),

@@ -18,7 +18,9 @@ _OF_C = "char uchar short ushort int uint long ulong float double"
 _OF_NUMPY = "int8 uint8 int16 uint16 int32 uint32 int64 uint64 float32 float64"
 _KINDS: dict[str, str] = dict(zip(_OF_C.split(), _OF_NUMPY.split(), strict=True))
 _ORDERS = {"ascii": "", "binary_little_endian": "<", "binary_big_endian": ">"}
-_MAX_HEADER = 1 << 24  # bytes: 16 MiB
+# If more than this many bytes (16 MiB) have been read and the header has not ended, the file is
+# refused.
+_MAX_HEADER = 1 << 24
 # the values of a property: an array with one value per row; if the rows have lists, a pair of
 # arrays instead (the length of each list, and all values concatenated)
 Column = np.ndarray | tuple[np.ndarray, np.ndarray]
@@ -121,7 +123,8 @@ def header_of(row: np.dtype, count: int, comments: Iterable[str] = ()) -> bytes:
 def read_ply(path: Path) -> PointCloud:
     """Read a mesh of polygons or triangle strips, or a cloud if there are no faces.
 
-    Normals, colours and labels are read too, if the file has them. Raises ReadError.
+    Normals, colours and labels are read too, if the file has them. Raises ReadError if the file is
+    damaged, or if its vertices lack x, y or z.
     """
     header = read_header(path)
     with path.open("rb") as file:
@@ -198,8 +201,8 @@ def _check_rows(element: Element, good: np.ndarray) -> None:
 def _columns_of_bytes(header: Header, data: bytes) -> dict[str, dict[str, Column]]:
     """Parse the columns of every element from binary data.
 
-    If each list property has the same length in all rows of an element, these rows are read as one
-    numpy table. If not, they are read one by one.
+    If each list property has the same length in all rows of an element, all rows of this element
+    are read as one numpy table. If not, they are read one by one.
     """
     found, at = {}, 0
     for element in (e for e in header.elements if e.count):
@@ -265,8 +268,9 @@ def ply_rows(path: Path) -> Iterator[np.ndarray] | None:
     """Return an iterator over the vertices of a cloud in chunks, arrays [n, 3] float64.
 
     Returns None if the file must be read whole. This is the case if its vertices have lists, lack a
-    coordinate or are not the first element, or if its lines end with CR alone.
-    Raises ReadError for a mesh, and for a damaged header.
+    coordinate or are not the first element, or if its lines end with CR alone. Raises ReadError for
+    a mesh, and for a damaged header. The iterator raises ReadError if the vertices are truncated or
+    damaged.
     """
     header = read_header(path)
     if any(e.count for e in header.elements if e.name in ("face", "tristrips")):
@@ -280,7 +284,8 @@ def ply_rows(path: Path) -> Iterator[np.ndarray] | None:
 
 
 def _chunks(path: Path, header: Header, vertex: Element) -> Iterator[np.ndarray]:
-    width = _row_type(vertex, {}).itemsize if header.order else 0  # unknown for text
+    # the number of bytes of a row; 0 for text, whose rows differ in length
+    width = _row_type(vertex, {}).itemsize if header.order else 0
     check_claim(path, header.start + vertex.count * width, 1)
     with path.open("rb") as file:
         file.seek(header.start)

@@ -1,7 +1,8 @@
 """Open sources of shapes: built-in shapes, stores, .npz bundles and files.
 
-Each source becomes a `Shapes` with labels, a split, and a function that reads one shape;
-datasets.py then loads the shapes.
+A store is a folder that `jepa3d prepare` wrote. A bundle is an .npz file of many clouds. Each
+source becomes a `Shapes` with labels, a split, and a function that reads one shape; datasets.py
+then loads the shapes.
 """
 
 import hashlib
@@ -34,8 +35,9 @@ class Shapes:
     """The shapes of a source, not yet read."""
 
     name: str
-    # returns shape i: a cloud with all of its points, that is, not yet reduced to num_points. Its
-    # fields `up`, `unseen` and (if asked for) `parts` are set.
+    # returns shape i: a cloud with all of its points, or points sampled from a mesh. There are
+    # usually more than the `num_points` that datasets.py then chooses. The cloud's fields `up`,
+    # `unseen` and (if asked for) `parts` are set.
     read: Callable[[int], PointCloud]
     labels: np.ndarray  # [n] int64, -1 for no label
     class_names: tuple[str, ...]
@@ -48,7 +50,7 @@ class Shapes:
     # number of shapes that datasets.py reads and converts together; above 1 if all shapes are in
     # memory and have the same number of points
     batch: int = 1
-    # number of shapes in the source; given if only some of them may be here, else None
+    # number of shapes in the source; given if this object may hold only some of them, else None
     total: int | None = None
 
     def rows(self, split: str) -> np.ndarray:
@@ -70,7 +72,10 @@ def open_shapes(
     raw: bool,
     parts: bool,
 ) -> Shapes:
-    """Open the shapes of one source. Arguments: see `datasets.py::load`. Raises ReadError."""
+    """Open the shapes of one source. Arguments: see `datasets.py::load`.
+
+    Raises ReadError if there is no such source, or if it cannot be used.
+    """
     path = Path(source)
     if source.split(":")[0] == "synthetic":
         return _synthetic(source, num_points, limit, parts)
@@ -88,6 +93,9 @@ def _synthetic(source: str, num_points: int, limit: int | None, parts: bool) -> 
     """Make the shapes of `synthetic` or `synthetic:COUNT`; every fourth shape is a test shape."""
     counted = source if ":" in source else "synthetic:4000"
     total = procedural.count_of(counted, "synthetic", 8)
+    # Every fourth shape is a test shape and the others are train shapes. So 4 * limit shapes
+    # include at least `limit` shapes of either split. Each shape is made with twice as many points
+    # as are needed, so that farthest point sampling (in datasets.py) has a choice.
     made = synthetic.make_shapes(min(total, 4 * (limit or total)), 2 * num_points)
     points, labels = made["points"], made["labels"]
     # shape i has class i % 21; 4 and 21 have no common factor, so every class has a test shape
@@ -107,7 +115,8 @@ def _store(path: Path, num_points: int, up_axis: str, parts: bool) -> Shapes:
     """Open a store.
 
     Its clouds are read on demand if their first num_points points can be used as they are. If not,
-    all clouds are read into memory and sampled anew. Raises ReadError.
+    all clouds are read into memory and sampled anew. Raises ReadError if the store is damaged, if
+    `up_axis` is not "z", or if `parts` is True and the store has no part labels.
     """
     store = Store(path)
     if up_axis != "z":
@@ -115,7 +124,8 @@ def _store(path: Path, num_points: int, up_axis: str, parts: bool) -> Shapes:
     if parts and len(store) and "parts" not in store.shard(0):
         raise ReadError(f"{path}: {NO_PARTS}")
     ordered, have = store.header["settings"]["reduce"] == "fps", store.num_points or 0
-    # in farthest point order, the first num_points points are a farthest point sample of all
+    # Clouds reduced by "fps" have their points in farthest point order. In this order, the first
+    # num_points points are a farthest point sample of all points.
     on_demand = store if have == num_points or (ordered and have > num_points) else None
 
     def read(row: int) -> PointCloud:
@@ -129,7 +139,8 @@ def _store(path: Path, num_points: int, up_axis: str, parts: bool) -> Shapes:
 
 
 def _checked(cloud: PointCloud, num_points: int, where: str = "") -> PointCloud:
-    """Return the cloud if it is usable; otherwise raise ReadError.
+    """Return the cloud if it is usable; otherwise raise ReadError. A cloud is usable if
+    `check_cloud` accepts it and it has at least num_points points.
 
     where: text with which the error message begins.
     """
@@ -166,7 +177,11 @@ def _bundle(path: Path, num_points: int, up_axis: str, key: str, parts: bool) ->
 
 
 def _parts(facts: dict[str, Any], path: Path) -> tuple[Any, tuple[str, ...]]:
-    """Return an .npz's part labels [n, N] int16, and the names of the parts. Raises ReadError."""
+    """Return an .npz's part labels [n, N] int16, and the names of the parts.
+
+    Raises ReadError if part labels are missing, have a wrong shape or type, or are not covered by
+    part_names, and if all points of a shape are unlabelled.
+    """
     if "parts" not in facts:
         raise ReadError(f"{path}: {NO_PARTS}")
     parts, names = facts["parts"], facts.get("part_names", ())
@@ -201,6 +216,8 @@ def _files(path: Path, num_points: int, up_axis: str, raw: bool, parts: bool) ->
         with as_read_error(path / key if path.is_dir() else path):
             seed = zlib.crc32(key.encode())
             cloud = _checked(sampled(entries[i].read(), num_points, seed), num_points)
+            # Stray points are removed only from a user's own files (`Source.unpublished`), and not
+            # if fewer than num_points points would be left.
             if source.unpublished and not raw:
                 kept = np.flatnonzero(are_kept(cloud.points.astype(np.float64), LEAST))
                 cloud = cloud.take(kept) if len(kept) >= num_points else cloud

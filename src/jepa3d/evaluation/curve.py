@@ -1,8 +1,8 @@
 """Learning curves, as in Fig. 1 of the paper: the probe accuracy of each snapshot of a run, against
 the CPU-minutes of training up to that snapshot.
 
-A snapshot is an encoder that was stored during training. Here the untrained and the final encoder
-count as snapshots too.
+The paper is that of 3D-JEPA (arXiv 2409.15803). A snapshot is an encoder that was stored during
+training. Here the untrained and the final encoder count as snapshots too.
 """
 
 import json
@@ -31,7 +31,8 @@ class Curve(NamedTuple):
     name: str
     seeds: list[int]
     steps: list[int]
-    # CPU-minutes [seeds, steps], including stage I (the training of a dVAE teacher)
+    # CPU-minutes [seeds, steps], including stage I: the training of the networks that a run needs
+    # first, such as a dVAE teacher. They are 0 at step 0, even for a run with stage I.
     minutes: np.ndarray
     accuracy: np.ndarray  # [seeds, steps], in per cent
 
@@ -54,11 +55,15 @@ def learning_curves(
     """Probe every snapshot of finished runs. Returns one `Curve` per configuration; runs that
     differ only in their seed share a `Curve`.
 
-    Scores are saved in RUN/curve-DATA[-KEY][-PART]-PROTOCOL.json and reused. DATA is the name of the
-    data set's source. KEY is the name of the label array; it is left out of the file's name if it
-    is "labels". PART is the argument `part`; it is left out if it is "test". part: the split on
-    which every snapshot is scored; layer and C are not chosen on it. Raises ValueError for an
-    unknown protocol, and for a folder that is not a finished run with an encoder.
+    runs: folders of the runs. dataset: the labelled shapes. protocol: one of `PROTOCOLS` in
+    probe.py. part: the split on which every snapshot is scored; layer and C are not chosen on it.
+    Raises ValueError for an unknown protocol, and for a folder that is not a finished run with an
+    encoder.
+
+    The scores of each run are saved in RUN/curve-DATA[-KEY][-PART]-PROTOCOL.json and reused. DATA
+    is the file name of the data set's source, without its suffix. KEY is the name of the label
+    array; it is left out if it is "labels". PART is the argument `part`; it is left out if it is
+    "test".
     """
     check_protocols([protocol])
     configs = {}
@@ -96,8 +101,8 @@ def _points(
 ) -> dict[int, list[float]]:
     """Return step -> [CPU-minutes, accuracy] for each snapshot of a run.
 
-    Scores are read from `file` if it was written for the same data, protocol and selection rule.
-    Scores that are not in the file are computed and written to it.
+    Scores are read from `file` if it was written for the same data, protocol and selection rule
+    (`selection_rule` in probe.py). Scores that are not in the file are computed and written to it.
     """
     cost, rule = run.record["cost"], selection_rule(shapes)
     kept = {"fingerprint": shapes.fingerprint, "protocol": protocol, "selection": rule}

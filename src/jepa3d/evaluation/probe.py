@@ -11,9 +11,10 @@ test split is used once, after all choices have been made.
 | mlp3        | standardised | 3-layer head (Point-MAE; ACT's MLP-3)   | layer: a fifth of train            |
 
 Features are the tokens of a layer, pooled to one vector per shape; the result names the pooling.
-Scores are overall accuracies in per cent. If the user fixes the layer, only C is chosen. The data
-set's own validation split, if there is one, replaces the fifth of train. A quick probe chooses
-nothing: C is 0.1, and the layer is the last one unless the user fixes it.
+Scores are overall accuracies in per cent. C is scikit-learn's inverse regularisation strength. If
+the user fixes the layer, only C is chosen. The data set's own validation split, if there is one and
+it is not itself scored, replaces the fifth of train. A quick probe chooses nothing: C is 0.1, and
+the layer is the last one unless the user fixes it.
 """
 
 import time
@@ -43,6 +44,7 @@ from jepa3d.plain import differences
 from jepa3d.run import Run
 
 PROTOCOLS = ("logistic", "logistic_10", "knn", "svc_linear", "linear_svc", "mlp3")
+# the values of C that `logistic` and `logistic_10` try
 _C_GRID = (0.001, 0.01, 0.1, 1.0)
 _FEW_C_GRID = (0.01, 0.1)
 # the C that probes chose most often on the validation split of ModelNet10
@@ -72,7 +74,7 @@ def selection_rule(shapes: Labelled, quick: bool = False) -> str:
 
 def _confusion(protocol: str, c: float, train, y, test, y_test, *, seed: int = 0) -> np.ndarray:
     """Fit a protocol's classifier to train and return its confusion matrix [K, K] on test. Rows are
-    true classes, columns are predicted classes; both are sorted.
+    true classes, columns are predicted classes; both are sorted. K is the number of classes.
     """
     found = predict(protocol, c, train, y, test, seed)
     return confusion_matrix(y_test, found, labels=np.union1d(y, y_test))
@@ -95,11 +97,12 @@ def run_protocol(
 ) -> dict:
     """Fit one protocol's classifier to `train`, and score it on `test`.
 
-    train, test: features of the shapes of each split, arrays [L, n, E] for L layers and n shapes.
-    y, y_test: the labels [n] of these shapes. layers: the layers to choose from. held: features and
-    labels on which layer and C are chosen; if it is None, a fifth of train is held out for this
-    choice. c: a fixed C; if it is None, C is chosen. Returns accuracy, layer, C,
-    mean_class_accuracy and confusion (see `_confusion`).
+    train, test: features of the shapes of each split, arrays [L, n, E] for L layers, n shapes and E
+    channels. y, y_test: the labels [n] of these shapes. layers: the layers to choose from. held:
+    features and labels on which layer and C are chosen; if it is None, a fifth of train is held out
+    for this choice. c: a fixed C; if it is None, C is chosen. Returns accuracy, layer, C,
+    mean_class_accuracy and confusion (see `_confusion`). C is None for a protocol other than
+    `logistic` and `logistic_10`, since its classifier has no C to choose.
 
     The protocol logistic_10 ignores `held`: it draws ten samples of the labels, and it chooses
     layer and C for each sample, on folds of this sample. Its result has the mean and std of the
@@ -203,8 +206,8 @@ def probe(
     runs: folders of runs that differ only in their seed, or one encoder as in `jepa3d.load`. part:
     the split that is scored, see `Labelled.of`. layer: the layer to probe, where 0 is the
     tokenizer. If it is None, the best layer is chosen on validation, or, if `quick` is set, the
-    last layer is probed. quick: choose nothing; C is fixed. Returns the result record. Raises
-    ValueError if runs, data, layer or protocols cannot be used.
+    last layer is probed. quick: choose nothing; C is fixed. Returns the result as a dictionary that
+    can be written as JSON. Raises ValueError if runs, data, layer or protocols cannot be used.
     """
     started = time.perf_counter()
     check_protocols(protocols)
@@ -279,7 +282,7 @@ def probe(
 
 def _seeds(runs: list[Path], configs: dict[Path, dict]) -> list[int]:
     """Return the seeds of the runs. Raises ValueError if two runs have the same seed, or differ in
-    anything but their seed.
+    anything but their seed and the settings in `BOOKKEEPING`.
     """
     for run in runs:
         changed = differences(configs[run], configs[runs[0]]).keys()
@@ -351,9 +354,9 @@ def summarise(rows: list[dict], protocols: tuple[str, ...]) -> dict:
     """Average over runs: returns model -> protocol -> mean and sample std of the overall accuracy.
 
     A protocol's entry "mean_class_accuracy" has the mean and std of that metric. If there are
-    pretrained encoders, the result has a key "gain" besides the models, with the same entries: the
-    accuracy of each run's pretrained encoder minus that of its untrained encoder, as mean and std
-    over runs.
+    pretrained encoders, the result has a key "gain" besides the models. It has the same entries,
+    but for the gain of each run: the accuracy of the run's pretrained encoder minus that of its
+    untrained encoder.
     """
     table: dict[str, dict] = {}
     for protocol, key in product(protocols, ("accuracy", "mean_class_accuracy")):

@@ -32,7 +32,7 @@ def random_cosines(index: Path, seed: int = 0) -> np.ndarray:
     If the index has fewer vectors, all pairs among its vectors are used.
     """
     x = _sample(index, np.random.default_rng(seed)).astype(np.float64)
-    x = unit_length(x[x.any(1)])
+    x = unit_length(x[x.any(1)])  # without zero vectors, which have no cosine
     return np.sort((x @ x.T)[np.triu_indices(len(x), 1)])
 
 
@@ -62,6 +62,8 @@ def percentile(cosine: float, pairs: np.ndarray) -> float | None:
     """
     if not len(pairs):
         return None
+    # The cosine of a hit is rounded to six decimals. So a pair counts only if its cosine is lower
+    # by more than 1e-6.
     return round(100 * int(np.searchsorted(pairs, cosine - 1e-6)) / len(pairs), 1)
 
 

@@ -1,5 +1,5 @@
 """The discrete autoencoder (dVAE) of ACT's first stage, with or without ACT's image transformer. In
-the paper, this dVAE is the frozen teacher.
+the paper of 3D-JEPA (arXiv 2409.15803), this dVAE is the frozen teacher.
 
 Data flow: tokens -> DGCNN (a graph network) -> logits over codes -> Gumbel-softmax -> codebook ->
 frozen ViT (optional) -> DGCNN -> folding decoder. 3D-JEPA predicts the output of the second DGCNN.
@@ -144,7 +144,8 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
     backbone: folder or Hub id of the frozen ViT between the two DGCNNs; empty if there is no ViT.
     expected_code: whether `features` represents a patch by its expected code, softmax(logits) @
     codebook, instead of by its most likely code. docs/settings.md explains the other arguments.
-    Raises ValueError if `group_size` is not a multiple of 4, or if the ViT cannot be loaded.
+    Raises ValueError if `group_size` or `width` is not a multiple of 4, if `dgcnn_dim` is odd, or
+    if the ViT cannot be loaded.
     """
 
     # If an older config.json lacks the setting `expected_code`, the dVAE is loaded with the value

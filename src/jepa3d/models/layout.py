@@ -1,10 +1,11 @@
 """Layouts pack token sequences of different lengths as rows, so that only attention needs padding.
 
-The contexts of a batch (the visible tokens of each cloud) differ in length. If linear layers worked
-on padding too, a third of the work of encoder and decoder would be wasted. So the tokens of all
-clouds are stored one after another as rows [n, C], without padding. A layout converts these rows to
-padded sequences and back. The attribute `mask` of a layout is False at padding; it is None if there
-is no padding.
+With multi-block masks, the contexts of a batch (the visible tokens of each cloud) differ in length.
+If each context were padded to the longest of its batch, about a quarter of the encoder's input
+would be padding (for 64 tokens per cloud and batches of 128 clouds), and linear layers would waste
+their work on it. So the tokens of all clouds are stored one after another as rows [n, C], without
+padding. A layout converts these rows to padded sequences and back. The attribute `mask` of a layout
+is False at padding; it is None if there is no padding.
 """
 
 import torch
@@ -16,9 +17,9 @@ from jepa3d.shapes import Blocks, Bool, Float, Rows, Shaped
 class Ragged:
     """Layout with one sequence per cloud.
 
-    mask: [B, V], True at tokens and False at padding, which must come after a cloud's tokens.
-    num_rows: the number n of True entries; it is an argument because counting the entries on a GPU
-    would make the CPU wait.
+    mask: [B, V], True at tokens and False at padding, which must come after a cloud's tokens. V is
+    the number of tokens of the longest sequence. num_rows: the number n of True entries; it is an
+    argument because counting the entries on a GPU would make the CPU wait.
     """
 
     def __init__(self, mask: Bool[Tensor, "b v"], num_rows: int):
@@ -53,10 +54,10 @@ class Joint:
     """Layout of [context ; mask tokens] for P decoder passes per cloud.
 
     A decoder pass is one forward pass of the decoder, which predicts one target block of a cloud,
-    or all its target blocks. The rows of the contexts come first, then the rows of the
-    B * P * T mask tokens. Rows have one of three forms: with one copy of each context, which all
-    passes share; with one copy of each context per pass; or without contexts. context: layout of
-    the contexts. passes: P. length: number of mask tokens per pass, T.
+    or all its target blocks. The rows of the contexts come first, then the rows of the B * P * T
+    mask tokens of all B clouds. Rows have one of three forms: with one copy of each context, which
+    all passes share; with one copy of each context per pass; or without contexts. context: layout
+    of the contexts. passes: P. length: number of mask tokens per pass, T.
     """
 
     def __init__(self, context: Ragged, passes: int, length: int):
