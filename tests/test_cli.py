@@ -400,6 +400,7 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_written(
         ({"dvae.num-points": 4}, "dvae.num_points 4"),
         ({"dvae.width": 15}, "15"),
         ({"encoder.group-size": 7}, "multiple of 4"),
+        ({"dvae.dgcnn-dim": 33}, "dvae.dgcnn_dim 33 must be even"),
         ({"sampler.num-targets": 8, "sampler.target-ratio": "0.9 1.0"}, "tokens in a context"),
     ],
     ids=str,

@@ -67,7 +67,7 @@ def describe(
     else:
         # Number of points per cloud: "synthetic" makes twice as many. In any other source, a cloud
         # keeps all of its points, and must have at least this many.
-        count = 512 if path.startswith("synthetic") else 1
+        count = 512 if path.split(":")[0] == "synthetic" else 1
         clouds = load([path], count, "all", [up_axis], labels_key, raw=True)
         _shapes(clouds)
         if verify:

@@ -77,7 +77,9 @@ def report(
     about = run_facts(run) | {"versions": listed(versions)}
     about |= {key: record[key] for key in ("commit", "machine")}
     parts += [page.section("Provenance", page.facts(about)), _settings(config, record)]
-    html = page.document(folder.resolve().name, record["status"], TITLES.get(kind, f"Pretraining: {kind}"), parts)
+    html = page.document(
+        folder.resolve().name, record["status"], TITLES.get(kind, f"Pretraining: {kind}"), parts
+    )
     write_bytes(out, html.encode())
     if figures_to:
         figures_to.mkdir(parents=True, exist_ok=True)

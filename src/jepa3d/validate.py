@@ -80,6 +80,8 @@ def _of_pretraining(config: settings.PretrainConfig) -> Iterator[str]:
         yield f"dvae.num_points {points} is less than encoder.num_groups or encoder.group_size"
     if "dvae" in used and dvae.width % 4:
         yield f"dvae.width {dvae.width} must be a multiple of 4"
+    if "dvae" in used and dvae.dgcnn_dim % 2:
+        yield f"dvae.dgcnn_dim {dvae.dgcnn_dim} must be even"
 
 
 def _of_finetuning(config: settings.FinetuneConfig) -> Iterator[str]:

@@ -6,6 +6,7 @@ import base64
 import gzip
 import json
 import random
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +168,21 @@ def test_lists_that_a_ply_file_declares_and_lacks_do_not_matter(tmp_path):
         written(tmp_path / "a.ply", PLY.format("ascii") + LIST.split("\n", 1)[1] + VERTICES)
     )
     assert np.allclose(found.file_coordinates(), CUBE)
+
+
+def test_a_list_of_negative_length_is_refused(tmp_path):
+    header = "ply\nformat binary_little_endian 1.0\nelement vertex 4\n"
+    header += "".join(f"property float {axis}\n" for axis in "xyz")
+    header += "element face 3\nproperty list char int vertex_indices\nend_header\n"
+    faces = [
+        struct.pack("<b3i", 3, 0, 1, 2),
+        struct.pack("<b", -3),
+        struct.pack("<b3i", 3, 1, 2, 3),
+    ]
+    vertices = np.eye(4, 3, dtype="<f4").tobytes()
+    (tmp_path / "a.ply").write_bytes(header.encode() + vertices + b"".join(faces))
+    with pytest.raises(ReadError, match=r"a\.ply: truncated or damaged: row 1 of face"):
+        read(tmp_path / "a.ply")
 
 
 def test_triangle_strips_of_ply_are_faces(tmp_path):

@@ -250,10 +250,10 @@ def _one_by_one(
                 begin, at = at, at + p.length.itemsize
                 size = int(np.frombuffer(data[begin:at].ljust(8), p.length, 1)[0])
                 lengths[p.name].append(size)
-            begin, at = at, at + max(size, 0) * p.kind.itemsize
+            begin, at = at, at + size * p.kind.itemsize
+            if not begin <= at <= len(data):
+                raise ReadError(f"truncated or damaged: row {row} of {element.name}")
             pieces[p.name].append(data[begin:at])
-        if at > len(data):
-            raise ReadError(f"truncated or damaged: row {row} of {element.name}")
     columns: dict[str, Column] = {}
     for p in element.properties:
         values = np.frombuffer(b"".join(pieces[p.name]), p.kind)
