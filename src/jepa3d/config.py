@@ -98,7 +98,7 @@ class TargetConfig:
         "token", "Compute one cosine per token, or one per block."
     )
     norm: Literal["none", "layernorm", "center", "standardize"] = setting(
-        "standardize", "Normalisation of the teacher's tokens; the paper mentions none."
+        "standardize", "Normalisation of the teacher's tokens; the paper does not mention any."
     )
     layers: int = setting(
         1, "Average the outputs of this many of the teacher's last blocks.", "[1, 200]", tiny=4
@@ -274,8 +274,8 @@ class PretrainConfig(RunConfig):
     )
     objective: str = setting(
         "jepa",
-        "jepa; a competing method: generative or invariance; dvae: stage I alone; or "
-        "your own function as package.module:function.",
+        "jepa; generative or invariance (competing methods); dvae (train only the paper's teacher); "
+        "or your own function as package.module:function.",
     )
     teacher: tuple[str, ...] = setting(
         ("dvae",),

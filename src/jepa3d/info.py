@@ -65,8 +65,8 @@ def describe(
     elif (folder / "store.json").is_file():
         _store(Store(path, unfinished=True), verify, picture)
     else:
-        # Number of points per cloud: "synthetic" makes twice as many. In any other source, a cloud
-        # keeps all of its points, and must have at least this many.
+        # The number of points to ask for. The source "synthetic" makes clouds of twice this number.
+        # In any other source, a cloud keeps all of its points, and must have at least this number.
         count = 512 if path.split(":")[0] == "synthetic" else 1
         clouds = load([path], count, "all", [up_axis], labels_key, raw=True)
         _shapes(clouds)

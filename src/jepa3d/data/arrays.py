@@ -20,12 +20,12 @@ from jepa3d.data.store import SPLITS
 from jepa3d.plain import printable
 
 ARRAY_SUFFIXES = (".npy", ".npz", ".h5", ".hdf5")
-# The clouds of an NPY or HDF5 file are read in blocks of this many clouds. The last blocks are
-# cached (`array_block`), so a compressed file is not unpacked again for each of its clouds.
+# The clouds of an NPY or HDF5 file are read in blocks of this many clouds. The two blocks that were
+# read last are cached (`array_block`), so a compressed file is not unpacked again for each cloud.
 _BLOCK = 256
 # Limit on what a damaged or malicious file can unpack to: 50 times the file's size, or 256 MiB if
-# that is more. For an NPZ, the limit is on all arrays together that are read; for an HDF5 file, it
-# is on each array.
+# that is more. For an NPZ, the limit is on all arrays together that are read. For an HDF5 file, it
+# is on the rows of an array that are read at a time (or on one chunk, if that is larger).
 _UNPACK_LIMIT = 50, 1 << 28
 # largest number of characters of a label or name in an HDF5 file; `_read` says why it is limited
 _MAX_TEXT = 1000
@@ -63,9 +63,10 @@ def facts_in(path: Path, labels_key: str = "labels", *more: str) -> dict[str, An
     `more`, the keys of the dict are:
 
     - label: array [n] int64 for n clouds; -1 means no label
-    - class_names: texts; () if the file has labels but does not name the classes. If the labels are
-      texts, these are the names. If they are numbers, only an NPZ can name them: in an array
-      class_names, or in X_names if labels_key is labels_X or X.
+    - class_names: texts; () if the file has labels but does not name the classes. Labels that are
+      texts are themselves the names of the classes. If the labels are numbers, only an NPZ can name
+      the classes: in the array class_names for the default labels_key, and in X_names if labels_key
+      is labels_X or X.
     - split: array [n] of integers, indices into SPLITS
     - names: texts, normally one per cloud (NPZ only)
     - part_names: texts (NPZ only)
@@ -142,8 +143,9 @@ def _headers(path: Path) -> Headers:
     found: Headers = {}
     wanted = set().union(*_NAMES.values())
     with io_module("h5py").File(path, "r") as file:
-        # Iterating over a file gives names only. Arrays without a known name are not opened. They
-        # are listed without shape and type, since an error message may list all names.
+        # Iterating over a file gives names only. Arrays without a known name are not opened, so
+        # their shape and type stay unknown. They are listed, since an error message may list all
+        # names.
         for name in file:
             found[name] = (), np.dtype("V")
             if name in wanted:

@@ -24,8 +24,8 @@ from jepa3d.run import Run
 
 
 class Curve(NamedTuple):
-    """The curves of runs that differ only in their seed, one curve per seed. The curves have only
-    the steps at which all of these runs have a snapshot.
+    """The curves of runs that train in the same way but with different seeds, one curve per seed.
+    The curves have only the steps at which all of these runs have a snapshot.
     """
 
     name: str
@@ -52,13 +52,15 @@ class Curve(NamedTuple):
 def learning_curves(
     runs: list[Path], dataset: LabelledSet, protocol: str = "logistic_10", part: Part = "test"
 ) -> list[Curve]:
-    """Probe every snapshot of finished runs. Returns one `Curve` per configuration; runs that
-    differ only in their seed share a `Curve`.
+    """Probe every snapshot of finished runs. Returns one `Curve` per configuration.
+
+    Runs share a `Curve` if they differ only in their seed, and in settings that do not change the
+    training (`BOOKKEEPING`), such as the steps of snapshots.
 
     runs: folders of the runs. dataset: the labelled shapes. protocol: one of `PROTOCOLS` in
-    probe.py. part: the split on which every snapshot is scored; layer and C are not chosen on it.
-    Raises ValueError for an unknown protocol, and for a folder that is not a finished run with an
-    encoder.
+    probe.py. part: the split on which every snapshot is scored. The encoder's layer and the
+    classifier's regularisation C are not chosen on this split. Raises ValueError for an unknown
+    protocol, and for a folder that is not a finished run with an encoder.
 
     The scores of each run are saved in RUN/curve-DATA[-KEY][-PART]-PROTOCOL.json and reused. DATA
     is the file name of the data set's source, without its suffix. KEY is the name of the label

@@ -354,9 +354,9 @@ def summarise(rows: list[dict], protocols: tuple[str, ...]) -> dict:
     """Average over runs: returns model -> protocol -> mean and sample std of the overall accuracy.
 
     A protocol's entry "mean_class_accuracy" has the mean and std of that metric. If there are
-    pretrained encoders, the result has a key "gain" besides the models. It has the same entries,
-    but for the gain of each run: the accuracy of the run's pretrained encoder minus that of its
-    untrained encoder.
+    pretrained encoders, the result has a key "gain" besides the models. Its entries have the same
+    form. Their mean and std are those of the gain of each run: the accuracy of the run's pretrained
+    encoder minus that of its untrained encoder.
     """
     table: dict[str, dict] = {}
     for protocol, key in product(protocols, ("accuracy", "mean_class_accuracy")):

@@ -133,8 +133,10 @@ def write_page(
     """Write an HTML page that lists queries and their first 100 neighbours. For each of the first
     100 queries, the page also has pictures of the first ten neighbours.
     """
-    meaning = f"Random pairs below: the share of {len(pairs):,} random pairs of clouds that have a"
-    meaning += " lower cosine. If many pairs have a higher cosine, a result is no match, even if"
+    meaning = (
+        f"The column 'random pairs below' has the share of {len(pairs):,} random pairs of clouds"
+    )
+    meaning += " whose cosine is lower than that of the result. If many pairs have a higher cosine, a result is no match, even if"
     meaning += " its cosine is near 1."
     if len(found) > PICTURED:
         meaning += f" The first {PICTURED} of {len(found):,} queries have pictures."

@@ -253,7 +253,7 @@ def _enough(draw, num_tokens: int, min_context: int) -> TokenSample:
             context = torch.where(short, new_context, context)
             target = torch.where(short[..., None], new_target, target)
     raise ValueError(
-        f"after {_REDRAWS} new random draws {target.shape[1]} targets of {target.shape[2]} tokens still leave "
+        f"after {_REDRAWS} new random draws, {target.shape[1]} targets of {target.shape[2]} tokens still leave "
         f"fewer than min_context = {min_context} of {num_tokens} tokens in a context; "
         f"use fewer or smaller targets (num_targets, target_ratio)"
     )

@@ -52,8 +52,8 @@ class Teacher(nn.Module):
         """
         targets = []
         for network in cast(Iterable[DVAE | PointEncoder], self.networks):
-            # The dVAE always runs in float32: half precision would round the logits of its codes,
-            # which could change which code is the most likely.
+            # The dVAE always runs in float32: half precision would round the logits of its codes.
+            # This would change its expected code and perhaps its most likely code.
             exact = isinstance(network, DVAE)
             with torch.autocast(patches.device.type, enabled=False) if exact else nullcontext():
                 states = network.features(patches.float(), centers.float(), self.layers)
