@@ -133,11 +133,9 @@ def write_page(
     """Write an HTML page that lists queries and their first 100 neighbours. For each of the first
     100 queries, the page also has pictures of the first ten neighbours.
     """
-    meaning = (
-        f"The column 'random pairs below' has the share of {len(pairs):,} random pairs of clouds"
-    )
-    meaning += " whose cosine is lower than that of the result. If many pairs have a higher cosine, a result is no match, even if"
-    meaning += " its cosine is near 1."
+    meaning = f"The column 'random pairs below' has the share of {len(pairs):,} random pairs of "
+    meaning += "clouds whose cosine is lower than that of the result. If many pairs have a higher "
+    meaning += "cosine, a result is no match, even if its cosine is near 1."
     if len(found) > PICTURED:
         meaning += f" The first {PICTURED} of {len(found):,} queries have pictures."
     parts, spec = [note(meaning)], open_index(index).spec
