@@ -130,7 +130,7 @@ def _store(path: Path, num_points: int, up_axis: str, parts: bool) -> Shapes:
 
     def read(row: int) -> PointCloud:
         with as_read_error(path):
-            cloud = replace(store.cloud(row), points=np.float32(store.points(row)), up="z")
+            cloud = replace(store.cloud(row), points=store.points(row).astype(np.float32), up="z")
             return _checked(cloud, num_points, f"{store.key(row)}: ")
 
     labels = np.asarray(store.columns["label"]).astype(np.int64)
