@@ -153,6 +153,16 @@ def test_ply_properties_come_in_any_order(tmp_path):
     assert np.array_equal(cloud.parts, PARTS)
 
 
+@pytest.mark.parametrize("form", ["ascii", "binary_little_endian"])
+def test_the_largest_label_of_a_byte_is_no_label_in_any_ply(tmp_path, form):
+    rows = np.array([(0, 0, 0, 1), (1, 0, 0, 255), (0, 1, 0, 2)], "<f4, <f4, <f4, u1")
+    head = "".join(f"property float {axis}\n" for axis in "xyz") + "property uchar label\n"
+    head = f"ply\nformat {form} 1.0\nelement vertex 3\n{head}end_header\n".encode()
+    text = "".join(" ".join(map(str, row)) + "\n" for row in rows.tolist()).encode()
+    (tmp_path / "a.ply").write_bytes(head + (text if form == "ascii" else rows.tobytes()))
+    assert clouds.to_parts(read(tmp_path / "a.ply").parts).tolist() == [1, -1, 2]
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "binary", "binary_compressed"])
 def test_pcd_carries_rgb_and_labels(tmp_path, encoding):
     rgb = pypcd4.PointCloud.encode_rgb(COLORS)

@@ -179,13 +179,23 @@ def _columns_of_text(header: Header, data: bytes) -> dict[str, dict[str, Column]
                 continue  # missing in all rows: Blender declares lists that it does not write
             _check_rows(element, at < ends)
             if p.length is None:
-                columns[p.name], at = values[at], at + 1
+                columns[p.name], at = _typed(values[at], p.kind), at + 1
                 continue
             lengths, at = whole(values[at]), at + 1
             _check_rows(element, (lengths >= 0) & (at + lengths <= ends))
             columns[p.name], at = (lengths, values[runs(at, lengths)]), at + lengths
         found[element.name], first = columns, last
     return found
+
+
+def _typed(values: np.ndarray, kind: np.dtype) -> np.ndarray:
+    """Convert numbers of a text to the integer type that the header states.
+
+    They stay as they are if the type is no integer, or if a number does not fit it.
+    """
+    with np.errstate(invalid="ignore"):
+        typed = values.astype(kind)
+    return typed if kind.kind != "f" and (typed == values).all() else values
 
 
 def _check_count(element: Element, have: int) -> None:
