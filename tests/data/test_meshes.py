@@ -291,6 +291,16 @@ def test_nan_where_no_face_is_does_not_matter(tmp_path):
         assert (len(found), area(found)) == (8, pytest.approx(6))
 
 
+def test_nan_of_old_windows_programs_is_no_comment_and_no_number(tmp_path):
+    for word in ("1.#QNAN", "-1.#IND", "1.#INF00"):
+        rows = f"{VERTICES}5 5 {word} # a comment\n"
+        written(tmp_path / "a.off", f"OFF\n9 0 0\n{rows}")
+        written(tmp_path / "a.obj", "".join(f"v {row}\n" for row in rows.splitlines()))
+        for name in ("a.off", "a.obj"):
+            found = read(tmp_path / name)
+            assert (found.unseen, box(found).tolist()) == (1, [[0] * 3, [1] * 3])
+
+
 def test_a_folder_with_packed_files_and_kinds_to_convert(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()

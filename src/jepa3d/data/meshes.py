@@ -30,6 +30,12 @@ def unix_lines(text: bytes) -> bytes:
     return text.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in text else text
 
 
+def _without_comments(path: Path) -> bytes:
+    """Read a text file without its comments, which begin with #."""
+    # the spellings of NaN come first, since they contain a #
+    return re.sub(rb"#.*", b"", _NAN.sub(b"nan", unix_lines(path.read_bytes())))
+
+
 class Rows:
     """The non-blank lines of a text, whose numbers are parsed only when `numbers` is called.
 
@@ -205,7 +211,7 @@ def read_off(path: Path) -> PointCloud:
 
     Vertex normals and texture coordinates are skipped too.
     """
-    text = re.sub(rb"#.*", b"", unix_lines(path.read_bytes()))
+    text = _without_comments(path)
     if not (start := _OFF.match(text)):
         raise ReadError("not an OFF file: it does not begin with OFF")
     name, color, normal, dimensions, binary = start.groups()
@@ -262,7 +268,7 @@ def read_obj(path: Path) -> PointCloud:
 
     Material files are not opened. Raises ReadError.
     """
-    text = re.sub(rb"#.*", b"", unix_lines(path.read_bytes()))
+    text = _without_comments(path)
     text = re.sub(rb"\\[ \t]*\n", b" ", text)
     if surface := re.search(rb"(?m)^[ \t]*(surf|curv2?)[ \t]", text):
         raise ReadError(f"free-form surface ({surface[1].decode()}): use polygons")
