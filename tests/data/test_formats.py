@@ -163,6 +163,16 @@ def test_the_largest_label_of_a_byte_is_no_label_in_any_ply(tmp_path, form):
     assert clouds.to_parts(read(tmp_path / "a.ply").parts).tolist() == [1, -1, 2]
 
 
+@pytest.mark.parametrize(("form", "order"), [("little", "<"), ("big", ">")])
+def test_packed_colours_of_a_ply_do_not_depend_on_its_byte_order(tmp_path, form, order):
+    kind = np.dtype([(axis, f"{order}f4") for axis in "xyz"] + [("rgb", f"{order}u4")])
+    rows = np.array([(0, 0, 0, 0x112233), (1, 0, 0, 0x445566)], kind)
+    head = "".join(f"property float {axis}\n" for axis in "xyz") + "property uint rgb\n"
+    head = f"ply\nformat binary_{form}_endian 1.0\nelement vertex 2\n{head}end_header\n"
+    (tmp_path / "a.ply").write_bytes(head.encode() + rows.tobytes())
+    assert read(tmp_path / "a.ply").colors.tolist() == [[0x11, 0x22, 0x33], [0x44, 0x55, 0x66]]
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "binary", "binary_compressed"])
 def test_pcd_carries_rgb_and_labels(tmp_path, encoding):
     rgb = pypcd4.PointCloud.encode_rgb(COLORS)

@@ -279,7 +279,8 @@ def attributes_of(columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
     # PCL (Point Cloud Library) packs a colour into one float or integer with the bytes b, g, r, a
     packed = columns.get("rgb", columns.get("rgba"))
     if packed is not None and "colors" not in found and packed.dtype.itemsize == 4:
-        bgra = np.ascontiguousarray(packed).view(np.uint8).reshape(-1, 4)
+        packed = np.ascontiguousarray(packed, packed.dtype.newbyteorder("<"))
+        bgra = packed.view(np.uint8).reshape(-1, 4)
         found["colors"] = bgra[:, 2::-1].copy()
     return found
 
