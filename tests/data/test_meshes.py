@@ -477,6 +477,13 @@ def test_what_gltf_cannot_be_read_without_is_named(tmp_path, change, reason):
     assert reason in refusal(gltf(tmp_path / "a.gltf", change))
 
 
+def test_a_packed_gltf_has_its_buffer_in_its_folder(tmp_path):
+    path = gltf(tmp_path / "a.gltf", lambda s: s["buffers"][0].update(uri="a.bin"))
+    written(tmp_path / "a.bin", CUBE.tobytes() + CORNERS.astype("<u2").tobytes())
+    packed = written(tmp_path / "a.gltf.gz", gzip.compress(path.read_bytes()))
+    assert area(read(packed)) == area(read(path)) == pytest.approx(6)
+
+
 def test_a_glb_of_points_is_a_cloud(tmp_path):
     found = read(
         gltf(tmp_path / "a.gltf", lambda s: s["meshes"][0]["primitives"][0].update(mode=0))

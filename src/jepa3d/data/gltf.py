@@ -34,21 +34,22 @@ _LOOKS = re.compile(
 _DRACO, _MESHOPT = "KHR_draco_mesh_compression", "meshopt_compression"
 
 
-def read_gltf(path: Path) -> PointCloud:
+def read_gltf(path: Path, folder: Path) -> PointCloud:
     """Read the triangles of the scene, or its points if it has no triangles.
 
-    The up axis is y, as the glTF standard says. Raises ReadError.
+    folder: holds the buffers that lie in files of their own. The up axis is y, as the glTF standard
+    says. Raises ReadError.
     """
-    return _Scene(path).read()
+    return _Scene(path, folder).read()
 
 
 class _Scene:
     """The JSON of a file and its buffers; each buffer is loaded when it is first used."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, folder: Path):
         data = path.read_bytes()
         packed = data[:4] == b"glTF"
-        self.path, (data, self.binary) = path, _chunks(data) if packed else (data, b"")
+        self.folder, (data, self.binary) = folder, _chunks(data) if packed else (data, b"")
         self.json: dict[str, Any] = json.loads(data)
         version = str(self.json["asset"]["version"])
         if version.split(".")[0] != "2":
@@ -267,7 +268,7 @@ class _Scene:
         return self.buffers[i]
 
     def _load(self, uri: str | None) -> bytes:
-        """Load a buffer from the file itself or from its folder.
+        """Load a buffer from the file itself or from `folder`.
 
         A buffer without a URI is the binary chunk of a GLB. Raises ReadError for a buffer that is
         missing or lies outside the folder.
@@ -282,7 +283,7 @@ class _Scene:
         for name in (unquote(uri), uri):
             if "://" in name or Path(name).is_absolute() or ".." in Path(name).parts:
                 raise ReadError(f"its buffer {name} is outside its folder")
-            if (file := self.path.parent / name).is_file():
+            if (file := self.folder / name).is_file():
                 return file.read_bytes()
         raise ReadError(f"its folder has no file {unquote(uri)}, which it needs as a buffer")
 

@@ -53,6 +53,8 @@ def read(
             return read_array(file, row)
         if suffix in (*_TABLES, ".bin"):
             return _READERS[suffix](file, columns)
+        if suffix in _GLTF:
+            return read_gltf(file, path.parent)
         return _READERS[suffix](file)
 
 
@@ -157,6 +159,7 @@ def sampled(cloud: PointCloud, num_points: int, seed: int = 0) -> PointCloud:
     return PointCloud.make(cloud.file_coordinates(), normals=cloud.normals, up=cloud.up)
 
 
+_GLTF = (".glb", ".gltf")
 _TABLES = (".xyz", ".txt", ".csv", ".pts", ".asc")
 _READERS: dict[str, Callable[..., PointCloud]] = {
     **dict.fromkeys(ARRAY_SUFFIXES, read_array),
@@ -164,7 +167,7 @@ _READERS: dict[str, Callable[..., PointCloud]] = {
     ".ply": read_ply,
     ".obj": read_obj,
     ".stl": read_stl,
-    **dict.fromkeys((".glb", ".gltf"), read_gltf),
+    **dict.fromkeys(_GLTF, read_gltf),
     **dict.fromkeys(_TABLES, read_table),
     ".pcd": scans.read_pcd,
     **dict.fromkeys((".las", ".laz"), scans.read_las),
