@@ -1,5 +1,6 @@
 """Every format is read as it was written, and every damaged file gives one line."""
 
+import gzip
 import os
 import subprocess
 import sys
@@ -348,6 +349,15 @@ def test_a_ply_whose_header_never_ends_is_refused(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"end_header", b"end_heades"))
     with pytest.raises(ReadError, match=r"a\.ply: "):
         read(path)
+
+
+def test_an_error_in_a_packed_array_names_no_temporary_file(tmp_path):
+    np.savez(tmp_path / "a.npz", other=POINTS)
+    (tmp_path / "a.npz.gz").write_bytes(gzip.compress((tmp_path / "a.npz").read_bytes()))
+    for name in ("a.npz", "a.npz.gz"):
+        with pytest.raises(ReadError) as caught:
+            read(tmp_path / name)
+        assert str(caught.value).startswith(f"{tmp_path / name}: has no array named data")
 
 
 def test_names_within_a_file_cannot_break_the_line(tmp_path):

@@ -328,11 +328,12 @@ def read_array(path: Path, row: int | None) -> PointCloud:
     Normals and part labels are left out if their shape does not fit the points. Raises ReadError.
     Some damage raises an error of numpy, zipfile or h5py; `io.py::read` turns it into a ReadError.
     """
-    mtime, count = path.stat().st_mtime_ns, clouds_in(path)
-    if count is None:
+    mtime = path.stat().st_mtime_ns
+    shape = _shape(path, mtime)
+    if len(shape) != 3:
         arrays = array_block(path, None, mtime)
     elif row is None:
-        raise ReadError(f"holds {count:,} clouds: choose one cloud as PATH#ROW")
+        raise ReadError(f"holds {shape[0]:,} clouds: choose one cloud as PATH#ROW")
     else:
         whole = path.suffix.lower() == ".npz"
         block, at = (None, row) if whole else divmod(row, _BLOCK)
