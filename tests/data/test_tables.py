@@ -442,7 +442,7 @@ def test_a_ptx_that_is_cut_off_says_where(tmp_path, cut, said):
 
 
 @pytest.mark.parametrize(
-    "names", [("x", "y", "z"), ("x", "y", "z", "intensity"), ("x", "y", "z", "intensity", "ring")]
+    "names", [("x", "y", "z"), ("X", "Y", "Z", "intensity"), ("x", "y", "z", "intensity", "ring")]
 )
 def test_a_bin_is_read_by_the_names_of_its_columns(tmp_path, names):
     rows = np.zeros((30, len(names)), "<f4")

@@ -303,5 +303,6 @@ def read_bin(path: Path, columns: tuple[str, ...] | None) -> PointCloud:
         raise ReadError(
             f"{size:,} bytes are not whole rows of {width} float32 values; does --columns name all columns?"
         )
-    chosen = [columns.index(name) for name in coordinate_columns(columns, None)]
+    names = tuple(map(str.lower, columns))
+    chosen = [names.index(name) for name in coordinate_columns(names, None)]
     return PointCloud.make(np.fromfile(path, "<f4").reshape(-1, width)[:, chosen])
