@@ -154,6 +154,14 @@ def test_columns_name_those_of_a_table_without_header(tmp_path):
             read(tmp_path / "a.txt", columns=columns)
 
 
+def test_an_empty_cell_between_tabs_shifts_no_column(tmp_path):
+    head, rows = "x\ty\tz\tlabel\tconf\n", "1\t2\t3\t\t9\n4\t\t6\t7\t8\n7\t8\t9\t5\t8\n"
+    (tmp_path / "a.txt").write_text(head + rows)
+    found = read(tmp_path / "a.txt")
+    assert np.allclose(found.file_coordinates(), [[1, 2, 3], [7, 8, 9]])
+    assert np.array_equal(found.parts, [np.nan, 5], equal_nan=True)
+
+
 def test_binary_data_is_no_table(tmp_path):
     (tmp_path / "a.xyz").write_bytes(bytes(range(256)) * 20)
     with pytest.raises(ReadError, match="binary"):
