@@ -135,6 +135,14 @@ def test_las_carries_classes_and_16_bit_colours(tmp_path, name):
     assert np.array_equal(cloud.colors, COLORS)
 
 
+def test_the_largest_class_of_las_is_no_label(tmp_path):
+    scan = laspy.create(point_format=7, file_version="1.4")
+    scan.x, scan.y, scan.z = np.eye(3)
+    scan.classification = [1, 255, 2]
+    scan.write(str(tmp_path / "a.las"))
+    assert clouds.to_parts(read(tmp_path / "a.las").parts).tolist() == [1, -1, 2]
+
+
 def test_ply_properties_come_in_any_order(tmp_path):
     names = ["label", "blue", "z", "nx", "red", "x", "ny", "green", "y", "nz"]
     columns = dict(zip(("x", "y", "z", "nx", "ny", "nz"), np.c_[POINTS, NORMALS].T, strict=True))

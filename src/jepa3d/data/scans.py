@@ -9,6 +9,7 @@ import math
 import re
 import struct
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
@@ -208,7 +209,9 @@ def las_rows(path: Path, names: Sequence[str] = "xyz") -> Iterator[np.ndarray]:
 def read_las(path: Path) -> PointCloud:
     """Read LAS and LAZ, with colours and classification. Raises ReadError."""
     names = (*"xyz", "classification", "red", "green", "blue")
-    return collected(las_rows(path, names), names)
+    cloud = collected(las_rows(path, names), names)
+    # a byte again, as in the file: `to_parts` takes its largest value, 255, as no label
+    return replace(cloud, parts=np.asarray(cloud.parts, np.uint8))
 
 
 # ------------------------------------------------------------------------------------ E57, PTX, BIN
