@@ -492,6 +492,15 @@ def test_a_glb_of_points_is_a_cloud(tmp_path):
     assert np.array_equal(found.file_coordinates(), CUBE)
 
 
+def test_a_point_of_gltf_that_no_index_names_is_not_read(tmp_path):
+    def some(scene):  # of one quad
+        scene["meshes"][0]["primitives"][0]["mode"] = 0
+        scene["accessors"][1]["count"] = 6
+
+    found = read(gltf(tmp_path / "a.gltf", some))
+    assert np.array_equal(found.file_coordinates(), CUBE[:4])
+
+
 def test_gltf_is_y_up_whatever_the_other_files_are(tmp_path):
     def tall(scene):  # height 10 along y
         scene["nodes"][0]["scale"] = [1, 10, 1]

@@ -82,7 +82,7 @@ class _Scene:
         if sum(self.json["accessors"][i]["count"] for i in used) > _MAX_VALUES:
             raise ReadError(f"the scene has over {_MAX_VALUES:,} vertices and corners")
         vertices, faces, colors, known = [], [np.empty((0, 3), np.int64)], [], {}
-        total = 0
+        shown, total = [], 0
         for at, node, place, primitive in chosen:
             attributes = primitive["attributes"]
             # primitives of one node often share their vertices: read shared vertices once
@@ -94,7 +94,9 @@ class _Scene:
                 if "COLOR_0" in attributes:
                     fractions = self._values(attributes["COLOR_0"])[:, :3].clip(0, 1)
                     colors.append((255 * fractions).round().astype(np.uint8))
-            if solid:
+            if not solid:
+                shown.append(self._indices(primitive) + known[shared])
+            else:
                 corners = _triangles(self._indices(primitive), primitive.get("mode", 4))
                 # convert indices of the primitive's vertices to indices of all vertices
                 corners = corners + known[shared]
@@ -102,7 +104,11 @@ class _Scene:
                 mirrored = np.linalg.det(place[:3, :3]) < 0
                 faces.append(corners[:, ::-1] if mirrored else corners)
         rgb = np.concatenate(colors) if len(colors) == len(vertices) else None
-        return mesh(np.concatenate(vertices), np.concatenate(faces), up="y", colors=rgb)
+        xyz = np.concatenate(vertices)
+        if shown:  # a point that no index names is not part of the scene
+            kept = np.unique(np.concatenate(shown))
+            xyz, rgb = xyz[kept], None if rgb is None else rgb[kept]
+        return mesh(xyz, np.concatenate(faces), up="y", colors=rgb)
 
     # ---------------------------------------------------------------------------------------- nodes
 
