@@ -411,7 +411,7 @@ class StoreWriter:
             self.header["complete"] = kind is None
             self.commit()
         if self._new and not self.header["shards"]:  # nothing was added
-            shutil.rmtree(self.path)
+            shutil.rmtree(self.path.resolve())  # rmtree refuses links
 
 
 def _row_bytes(name: str) -> int:
