@@ -129,6 +129,11 @@ def test_half_precision_bundles_are_read(bundle):
     assert np.allclose(found, standard(SHAPES), atol=2e-3)
 
 
+def test_further_columns_of_a_bundle_are_ignored_as_in_other_array_files(bundle):
+    wide = bundle(points=np.concatenate([SHAPES, RNG.normal(size=SHAPES.shape)], 2))
+    assert np.allclose(load([wide], 40, "all").points, standard(SHAPES), atol=1e-5)
+
+
 def test_raw_leaves_the_points_alone(bundle):
     assert np.array_equal(load([bundle()], 1, "all", raw=True).points, SHAPES)
 

@@ -158,7 +158,8 @@ def _bundle(path: Path, num_points: int, up_axis: str, key: str, parts: bool) ->
     arrays.py lists more names that are allowed. key: name of the labels array.
     """
     facts = facts_in(path, key, "points", *(["parts"] if parts else []))
-    points, none = facts["points"], np.full(len(facts["points"]), -1)
+    # further columns are ignored, as in `PointCloud.make`
+    points, none = facts["points"][..., :3], np.full(len(facts["points"]), -1)
     labels, names = facts.get("label", none), facts.get("class_names", ())
     if not names:  # number the labels that occur, and name them by their value
         found, labels = np.unique(labels, return_inverse=True)
