@@ -124,6 +124,13 @@ def test_map_coordinates_in_a_bundle_keep_their_precision(bundle):
     assert np.allclose(load([bundle(points=utm)], 40, "all").points, standard(SHAPES), atol=1e-3)
 
 
+@pytest.mark.parametrize("unit", [1e-25, 1e25])
+def test_clouds_of_any_unit_lie_in_the_unit_sphere(bundle, unit):
+    clouds = SHAPES.astype(np.float64)
+    clouds[::2] *= unit
+    assert np.allclose(load([bundle(points=clouds)], 40, "all").points, standard(SHAPES), atol=1e-5)
+
+
 def test_half_precision_bundles_are_read(bundle):
     found = load([bundle(points=standard(SHAPES).astype(np.float16))], 40, "all").points
     assert np.allclose(found, standard(SHAPES), atol=2e-3)

@@ -203,6 +203,9 @@ def _standard(
     # subtract the mean in float64, so that map coordinates (millions of metres) keep their
     # millimetres
     points -= points.mean(1, keepdims=True)
+    # float32 cannot hold the squares of very large or small coordinates; scale by powers of two,
+    # which rounds nothing
+    points = np.ldexp(points, -np.frexp(np.abs(points).max((1, 2), keepdims=True))[1])
     clouds = unit_sphere(torch.from_numpy(points.astype(np.float32) @ axes.T))
     if clouds.shape[1] > num_points:
         index = farthest_point_sample(clouds, num_points)
