@@ -8,6 +8,7 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import layouts
 import numpy as np
 import pytest
@@ -271,6 +272,21 @@ def test_labels_that_the_bundle_lacks_are_refused_naming_those_it_has(bundle):
     message = read_error(source, labels_key="labels_y")
     assert "labels_y" in message
     assert "labels_x" in message
+
+
+@pytest.mark.parametrize("kind", ["folder", "store", "hdf5", "synthetic:8"])
+def test_a_labels_key_is_refused_by_a_source_that_is_no_bundle(tmp_path, kind):
+    source = write_clouds(tmp_path / "folder", "axe/1.npy")
+    if kind == "store":
+        prepare(source, tmp_path / "store", Preparation(points=16), workers=1)
+        source = tmp_path / "store"
+    elif kind == "hdf5":
+        source = tmp_path / "shapes.h5"
+        with h5py.File(source, "w") as file:
+            file["data"], file["label"], file["labels_x"] = SHAPES, [0] * 12, [0] * 12
+    elif kind != "folder":
+        source = kind
+    assert "labels_x" in read_error(source, labels_key="labels_x")
 
 
 @pytest.mark.parametrize("labels_key", ["points", "split", "class_names"])

@@ -77,12 +77,15 @@ def open_shapes(
     Raises ReadError if there is no such source, or if it cannot be used.
     """
     path = Path(source)
+    if path.suffix.lower() == ".npz" and path.is_file() and clouds_in(path):
+        return _bundle(path, num_points, up_axis, labels_key, parts)
+    if labels_key != "labels":
+        found = f"--labels-key {labels_key} chooses an array of an .npz of many clouds"
+        raise ReadError(f"{source}: {found}, but this is none")
     if source.split(":")[0] == "synthetic":
         return _synthetic(source, num_points, limit, parts)
     if (path / "store.json").is_file():
         return _store(path, num_points, up_axis, parts)
-    if path.suffix == ".npz" and path.is_file() and clouds_in(path):
-        return _bundle(path, num_points, up_axis, labels_key, parts)
     if path.exists() or procedural.count_of(source):
         return _files(path, num_points, up_axis, raw, parts)
     allowed = "synthetic, procedural:COUNT, a store, or files of " + ", ".join(SUFFIXES)
