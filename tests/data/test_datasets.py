@@ -362,6 +362,14 @@ def test_a_class_of_one_part_only_keeps_its_number(tmp_path):
     assert [every.class_names[i] for i in every.part("test").labels] == ["cup"]
 
 
+def test_the_working_directory_has_the_name_of_its_folder(tmp_path, monkeypatch):
+    source = write_clouds(tmp_path / "scans", "a.npy")
+    prepare(source, tmp_path / "store", Preparation(points=16), workers=1)
+    for name in ("scans", "store"):
+        monkeypatch.chdir(tmp_path / name)
+        assert load(["."], 16).name == name
+
+
 def test_clouds_of_different_lengths_load_together(tmp_path):
     for name, count in (("a.npy", 20), ("b.npy", 40), ("c.npy", 16)):
         np.save(tmp_path / name, SHAPES[0, :count])

@@ -138,7 +138,12 @@ def _store(path: Path, num_points: int, up_axis: str, parts: bool) -> Shapes:
 
     labels = np.asarray(store.columns["label"]).astype(np.int64)
     names = store.class_names, np.asarray(store.columns["split"]), store.part_names
-    return Shapes(path.name, read, labels, *names, store.fingerprint, on_demand)
+    return Shapes(_name(path), read, labels, *names, store.fingerprint, on_demand)
+
+
+def _name(path: Path) -> str:
+    """Return the name of a file or folder; the path of the working directory, `.`, has no name."""
+    return path.name or path.resolve().name
 
 
 def _checked(cloud: PointCloud, num_points: int, where: str = "") -> PointCloud:
@@ -234,4 +239,4 @@ def _files(path: Path, num_points: int, up_axis: str, raw: bool, parts: bool) ->
     names = tuple(sorted({entry.label for entry in entries if entry.label is not None}))
     labels = [-1 if e.label is None else names.index(e.label) for e in entries]
     arrays = np.array(labels, np.int64), names, np.array(split, np.int8)
-    return Shapes(path.name, read, *arrays, source.part_names)
+    return Shapes(_name(path), read, *arrays, source.part_names)
