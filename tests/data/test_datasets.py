@@ -8,6 +8,7 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import layouts
 import numpy as np
 import pytest
@@ -124,9 +125,21 @@ def test_map_coordinates_in_a_bundle_keep_their_precision(bundle):
     assert np.allclose(load([bundle(points=utm)], 40, "all").points, standard(SHAPES), atol=1e-3)
 
 
+@pytest.mark.parametrize("unit", [1e-25, 1e25])
+def test_clouds_of_any_unit_lie_in_the_unit_sphere(bundle, unit):
+    clouds = SHAPES.astype(np.float64)
+    clouds[::2] *= unit
+    assert np.allclose(load([bundle(points=clouds)], 40, "all").points, standard(SHAPES), atol=1e-5)
+
+
 def test_half_precision_bundles_are_read(bundle):
     found = load([bundle(points=standard(SHAPES).astype(np.float16))], 40, "all").points
     assert np.allclose(found, standard(SHAPES), atol=2e-3)
+
+
+def test_further_columns_of_a_bundle_are_ignored_as_in_other_array_files(bundle):
+    wide = bundle(points=np.concatenate([SHAPES, RNG.normal(size=SHAPES.shape)], 2))
+    assert np.allclose(load([wide], 40, "all").points, standard(SHAPES), atol=1e-5)
 
 
 def test_raw_leaves_the_points_alone(bundle):
@@ -261,6 +274,21 @@ def test_labels_that_the_bundle_lacks_are_refused_naming_those_it_has(bundle):
     assert "labels_x" in message
 
 
+@pytest.mark.parametrize("kind", ["folder", "store", "hdf5", "synthetic:8"])
+def test_a_labels_key_is_refused_by_a_source_that_is_no_bundle(tmp_path, kind):
+    source = write_clouds(tmp_path / "folder", "axe/1.npy")
+    if kind == "store":
+        prepare(source, tmp_path / "store", Preparation(points=16), workers=1)
+        source = tmp_path / "store"
+    elif kind == "hdf5":
+        source = tmp_path / "shapes.h5"
+        with h5py.File(source, "w") as file:
+            file["data"], file["label"], file["labels_x"] = SHAPES, [0] * 12, [0] * 12
+    elif kind != "folder":
+        source = kind
+    assert "labels_x" in read_error(source, labels_key="labels_x")
+
+
 @pytest.mark.parametrize("labels_key", ["points", "split", "class_names"])
 def test_labels_key_must_name_labels(bundle, labels_key):
     source = bundle(
@@ -332,6 +360,14 @@ def test_a_class_of_one_part_only_keeps_its_number(tmp_path):
     every, test = (load([str(tmp_path)], 16, split) for split in ("all", "test"))
     assert [test.class_names[i] for i in test.labels] == ["cup"]
     assert [every.class_names[i] for i in every.part("test").labels] == ["cup"]
+
+
+def test_the_working_directory_has_the_name_of_its_folder(tmp_path, monkeypatch):
+    source = write_clouds(tmp_path / "scans", "a.npy")
+    prepare(source, tmp_path / "store", Preparation(points=16), workers=1)
+    for name in ("scans", "store"):
+        monkeypatch.chdir(tmp_path / name)
+        assert load(["."], 16).name == name
 
 
 def test_clouds_of_different_lengths_load_together(tmp_path):

@@ -176,6 +176,15 @@ def test_a_source_of_bad_files_only_is_refused_and_leaves_nothing(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_bad_files_only_are_refused_also_if_the_store_is_a_link(tmp_path):
+    source = folder(tmp_path / "in", "a.npy", clouds=SHAPES[:, :1])
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ReadError, match="none of its clouds"):
+        stored(source, tmp_path / "out")
+    assert not (tmp_path / "elsewhere").exists()
+
+
 @pytest.mark.parametrize("reduce", ["fps", "random", "voxel"])
 def test_one_point_is_no_cloud(tmp_path, reduce):
     with pytest.raises(ReadError, match="one point only"):

@@ -195,6 +195,16 @@ def test_a_shard_that_is_missing_or_cut_off_is_named(tmp_path, small_shards):
         store.verify()
 
 
+def test_a_shard_whose_header_claims_too_many_bytes_is_named(tmp_path):
+    """A Git LFS pointer is such a file: its first eight bytes are the text "version "."""
+    store = write(tmp_path / "store")
+    shard = store.path / "points-00000.safetensors"
+    for start in (b"version https://git-lfs.github.com/spec/v1", b"\xff" * 8):
+        shard.write_bytes(start)
+        with pytest.raises(ReadError, match=r"points-00000.*not a readable shard"):
+            Store(store.path).points(0)
+
+
 @pytest.mark.parametrize(
     "content", ["", "{", "[]", "3", '{"name": "a game"}', '{"format": "jepa3d-store-2"}']
 )

@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -487,6 +488,17 @@ def test_the_validation_part_is_no_test_shape(bundle):
     validated = {cloud.tobytes() for half in halves for cloud in half.points[:]}
     assert not tested & validated
     assert parts["test"].key != parts["validation"].key
+
+
+def test_scores_are_not_kept_if_only_the_labels_change(tmp_path):
+    def key(labels: np.ndarray) -> str:
+        with h5py.File(tmp_path / "shapes.h5", "w") as file:
+            file["data"], file["label"] = np.random.default_rng(0).normal(size=(8, 64, 3)), labels
+            file["split"] = [0] * 4 + [1] * 4
+        return LabelledSet(str(tmp_path / "shapes.h5")).read(64).key
+
+    first = np.arange(8) % 2
+    assert key(first) == key(first) != key(1 - first)
 
 
 def test_a_rate_is_that_of_the_arm_s_own_objective(write_grid):

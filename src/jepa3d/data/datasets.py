@@ -95,11 +95,11 @@ def load(
     benchmark, a folder or a file. num_points: number of points of a shape in the standard form.
     split: train, test, val or all; if a source has no splits, all its shapes count as train.
     up_axis: one value for all sources, or one per source. labels_key: name of the labels array in
-    an .npz bundle. limit: largest number of shapes to read from each source. raw: keep the points
-    as in the source, that is, neither sample nor normalise them; this has no effect on a store that
-    is read on demand. parts: also read part labels, which is possible for a single source only.
-    Raises ValueError for arguments that do not fit, and its subclass ReadError for a source that
-    cannot be used or has no shapes in the split.
+    an .npz bundle; other sources allow only the default. limit: largest number of shapes to read
+    from each source. raw: keep the points as in the source, that is, neither sample nor normalise
+    them; this has no effect on a store that is read on demand. parts: also read part labels, which
+    is possible for a single source only. Raises ValueError for arguments that do not fit, and its
+    subclass ReadError for a source that cannot be used or has no shapes in the split.
     """
     sources, axes = list(sources), list(up_axis)
     if len(axes) not in (1, len(sources)):
@@ -203,6 +203,9 @@ def _standard(
     # subtract the mean in float64, so that map coordinates (millions of metres) keep their
     # millimetres
     points -= points.mean(1, keepdims=True)
+    # float32 cannot hold the squares of very large or small coordinates; scale by powers of two,
+    # which rounds nothing
+    points = np.ldexp(points, -np.frexp(np.abs(points).max((1, 2), keepdims=True))[1])
     clouds = unit_sphere(torch.from_numpy(points.astype(np.float32) @ axes.T))
     if clouds.shape[1] > num_points:
         index = farthest_point_sample(clouds, num_points)

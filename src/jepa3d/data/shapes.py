@@ -77,12 +77,15 @@ def open_shapes(
     Raises ReadError if there is no such source, or if it cannot be used.
     """
     path = Path(source)
+    if path.suffix.lower() == ".npz" and path.is_file() and clouds_in(path):
+        return _bundle(path, num_points, up_axis, labels_key, parts)
+    if labels_key != "labels":
+        found = f"--labels-key {labels_key} chooses an array of an .npz of many clouds"
+        raise ReadError(f"{source}: {found}, but this is none")
     if source.split(":")[0] == "synthetic":
         return _synthetic(source, num_points, limit, parts)
     if (path / "store.json").is_file():
         return _store(path, num_points, up_axis, parts)
-    if path.suffix == ".npz" and path.is_file() and clouds_in(path):
-        return _bundle(path, num_points, up_axis, labels_key, parts)
     if path.exists() or procedural.count_of(source):
         return _files(path, num_points, up_axis, raw, parts)
     allowed = "synthetic, procedural:COUNT, a store, or files of " + ", ".join(SUFFIXES)
@@ -135,7 +138,12 @@ def _store(path: Path, num_points: int, up_axis: str, parts: bool) -> Shapes:
 
     labels = np.asarray(store.columns["label"]).astype(np.int64)
     names = store.class_names, np.asarray(store.columns["split"]), store.part_names
-    return Shapes(path.name, read, labels, *names, store.fingerprint, on_demand)
+    return Shapes(_name(path), read, labels, *names, store.fingerprint, on_demand)
+
+
+def _name(path: Path) -> str:
+    """Return the name of a file or folder; the path of the working directory, `.`, has no name."""
+    return path.name or path.resolve().name
 
 
 def _checked(cloud: PointCloud, num_points: int, where: str = "") -> PointCloud:
@@ -158,7 +166,8 @@ def _bundle(path: Path, num_points: int, up_axis: str, key: str, parts: bool) ->
     arrays.py lists more names that are allowed. key: name of the labels array.
     """
     facts = facts_in(path, key, "points", *(["parts"] if parts else []))
-    points, none = facts["points"], np.full(len(facts["points"]), -1)
+    # further columns are ignored, as in `PointCloud.make`
+    points, none = facts["points"][..., :3], np.full(len(facts["points"]), -1)
     labels, names = facts.get("label", none), facts.get("class_names", ())
     if not names:  # number the labels that occur, and name them by their value
         found, labels = np.unique(labels, return_inverse=True)
@@ -230,4 +239,4 @@ def _files(path: Path, num_points: int, up_axis: str, raw: bool, parts: bool) ->
     names = tuple(sorted({entry.label for entry in entries if entry.label is not None}))
     labels = [-1 if e.label is None else names.index(e.label) for e in entries]
     arrays = np.array(labels, np.int64), names, np.array(split, np.int8)
-    return Shapes(path.name, read, *arrays, source.part_names)
+    return Shapes(_name(path), read, *arrays, source.part_names)

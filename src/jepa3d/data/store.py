@@ -411,7 +411,7 @@ class StoreWriter:
             self.header["complete"] = kind is None
             self.commit()
         if self._new and not self.header["shards"]:  # nothing was added
-            shutil.rmtree(self.path)
+            shutil.rmtree(self.path.resolve())  # rmtree refuses links
 
 
 def _row_bytes(name: str) -> int:
@@ -427,6 +427,8 @@ def _map_safetensors(path: Path) -> dict[str, np.ndarray]:
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            raise ValueError(f"its header claims {length:,} bytes")
         header = json.loads(file.read(length))
     kinds = {"F16": "<f2", "F32": "<f4", "U8": "u1", "I16": "<i2", "I32": "<i4"}
     data = np.memmap(path, np.uint8, "r", offset=8 + length)

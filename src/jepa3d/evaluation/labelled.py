@@ -47,8 +47,12 @@ class LabelledSet(NamedTuple):
             layout = json.loads(report.read_text()).get("layout")
         known = [clouds.fingerprint, key, axis, num_points, part, FRAME]
         known.append(version("jepa3d"))
+        found = Labelled.of(clouds, part)
+        # for most sources, the fingerprint does not change with the labels
+        labels, split = np.asarray(clouds.labels), np.asarray(clouds.split)
+        known += [clouds.class_names, labels.tolist(), split.tolist()]
         digest = hashlib.sha256(repr(known).encode()).hexdigest()
-        return replace(Labelled.of(clouds, part), layout=layout, key=digest[:8])
+        return replace(found, layout=layout, key=digest[:8])
 
     @staticmethod
     def each(
