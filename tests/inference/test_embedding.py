@@ -199,6 +199,19 @@ def test_a_second_run_embeds_what_is_new_or_changed_and_nothing_else(
     assert same(rows(out), rows(tmp_path / "fresh.parquet"))
 
 
+def test_prune_keeps_a_sibling_whose_name_begins_alike_and_drops_what_a_file_held(model, tmp_path):
+    out, file, other = tmp_path / "v.parquet", tmp_path / "s" / "a.npy", tmp_path / "s#2" / "a.npy"
+    for path in (file, other):
+        path.parent.mkdir()
+        np.save(path, RNG.normal(size=(150, 3)))
+    embed_files([file.parent, other.parent], out, model, workers=1)
+    np.save(file, RNG.normal(size=(2, 150, 3)))
+    embed_files([file], out, model, workers=1, prune=True)
+    assert rows(out).keys() == {f"{file}#0", f"{file}#1", str(other)}
+    embed_files([file.parent], out, model, workers=1, prune=True)
+    assert str(other) in rows(out)
+
+
 def test_a_folder_of_shares_has_each_path_once_whoever_brings_it_up_to_date(model, scans, tmp_path):
     out, one = tmp_path / "vectors", tmp_path / "one.parquet"
 
