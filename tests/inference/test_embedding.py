@@ -212,6 +212,13 @@ def test_prune_keeps_a_sibling_whose_name_begins_alike_and_drops_what_a_file_hel
     assert str(other) in rows(out)
 
 
+def test_an_encoder_that_was_trained_again_is_loaded_again(scans, tmp_path):
+    for name in ("old", "new"):
+        PointEncoder(**SIZES, tokenizer_dim=16).save_pretrained(tmp_path / "model")
+        embed_files([scans], tmp_path / f"{name}.parquet", str(tmp_path / "model"), workers=1)
+    assert not same(rows(tmp_path / "old.parquet"), rows(tmp_path / "new.parquet"))
+
+
 def test_a_folder_of_shares_has_each_path_once_whoever_brings_it_up_to_date(model, scans, tmp_path):
     out, one = tmp_path / "vectors", tmp_path / "one.parquet"
 

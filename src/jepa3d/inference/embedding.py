@@ -180,7 +180,12 @@ def encode(
         yield from batch
 
 
-_loaded = lru_cache(maxsize=1)(load)
+@lru_cache(maxsize=1)
+def _loaded(model: str, fingerprint: str) -> PointEncoder:
+    """Load an encoder. Its fingerprint is part of the cache's key, so that a changed encoder is
+    loaded again.
+    """
+    return load(model)
 
 
 def embed_items(
@@ -191,7 +196,7 @@ def embed_items(
 
     points_only: return the encoder's inputs instead of vectors.
     """
-    encoder = spec.applied(_loaded(model))
+    encoder = spec.applied(_loaded(model, spec.fingerprint))
     results = (_seen_by(encoder, spec, item) for item in items)
     return list(results if points_only else encode(encoder, spec, results))
 
