@@ -19,6 +19,7 @@ from jepa3d.inference import embed_files as updating
 from jepa3d.inference import embedding as module
 from jepa3d.inference.clouds import cloud_paths, find_clouds, item_at
 from jepa3d.inference.embed_files import embed_files
+from jepa3d.inference.spec import EmbeddingSpec
 from jepa3d.inference.vectors import Vectors, to_numpy
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.ready import fingerprint
@@ -217,6 +218,12 @@ def test_an_encoder_that_was_trained_again_is_loaded_again(scans, tmp_path):
         PointEncoder(**SIZES, tokenizer_dim=16).save_pretrained(tmp_path / "model")
         embed_files([scans], tmp_path / f"{name}.parquet", str(tmp_path / "model"), workers=1)
     assert not same(rows(tmp_path / "old.parquet"), rows(tmp_path / "new.parquet"))
+
+
+def test_a_folder_called_default_is_not_taken_for_the_encoder_in_the_package(tmp_path, monkeypatch):
+    (tmp_path / "default").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert EmbeddingSpec.of("default", load(), "z", -1, "mean").model == "default"
 
 
 def test_a_folder_of_shares_has_each_path_once_whoever_brings_it_up_to_date(model, scans, tmp_path):
