@@ -316,6 +316,17 @@ def test_a_store_is_embedded_z_up_whatever_is_said_of_files(model, scans, tmp_pa
         assert np.allclose(made[f"{tmp_path / 'store'}#{store.key(row)}"], expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("change", [{"up_axis": "y"}, {"points": 100}, {"keep_strays": True}])
+def test_clouds_of_a_store_made_again_with_another_setting_are_changed(tmp_path, scans, change):
+    stamps = []
+    for settings in ({"points": 128}, {"points": 128} | change):
+        store = tmp_path / f"{len(stamps)}" / "store"
+        prepare(scans, store, Preparation(**settings), workers=1)
+        stamps.append([item.stamp for item in find_clouds(store)[0]])
+        assert item_at(find_clouds(store)[0][0].path).stamp == stamps[-1][0]
+    assert not set(stamps[0]) & set(stamps[1])
+
+
 def test_a_path_leads_back_to_its_cloud(scans, tmp_path):
     np.savez(
         tmp_path / "many.npz", points=RNG.normal(size=(3, 140, 3)), names=np.array(["a", "b", "c"])
