@@ -391,6 +391,15 @@ def test_a_damaged_row_group_is_named_by_its_file(tmp_path):
     file.write_bytes(content)
     with pytest.raises(ReadError, match=r"v\.parquet: damaged"):
         search(file, X[0])
+    for _ in range(2):
+        with pytest.raises(ReadError, match=r"v\.parquet: damaged"):
+            create_or_update(Vectors(file), tmp_path / "v.lancedb")
+        assert not (tmp_path / "v.lancedb").exists()
+    write([rows(np.ones(500, bool))], tmp_path / "good.parquet")
+    create_or_update(Vectors(tmp_path / "good.parquet"), tmp_path / "v.lancedb")
+    with pytest.raises(ReadError, match=r"v\.parquet: damaged"):
+        create_or_update(Vectors(file), tmp_path / "v.lancedb")
+    assert len(VectorStore(tmp_path / "v.lancedb")) == 500
 
 
 def test_a_damaged_column_of_errors_is_named_by_its_file(tmp_path):
