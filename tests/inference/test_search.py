@@ -181,6 +181,9 @@ def test_an_index_finds_nearly_all_and_filters_after_it_are_exact(store):
     with pytest.raises(ValueError, match="--probes needs jepa3d index --ann"):
         search(store, X[0], probes=3)
     opened.build()
+    for wrong in (0, -1):
+        with pytest.raises(ValueError, match=f"--probes {wrong}: must be 1 or more"):
+            search(store, X[0], probes=wrong)
     queries = RNG.normal(size=(20, 12))
     # 40 probes search all partitions of the 500 rows.
     for query, hits in zip(queries, search(store, queries, 10, probes=40), strict=True):

@@ -82,6 +82,8 @@ def search(
     """
     if k < 1:
         raise ValueError(f"-k {k}: must be 1 or more")
+    if probes is not None and probes < 1:
+        raise ValueError(f"--probes {probes}: must be 1 or more")
     if isinstance(queries, (str, Path)):
         names, queries = query_vectors(index, queries)
         exclude = names if exclude is None else exclude
