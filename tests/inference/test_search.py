@@ -88,6 +88,12 @@ def test_files_and_store_find_what_brute_force_finds(index, store, where):
         agree(search(store, query, 7, where)[0], expected)
 
 
+def test_a_number_of_points_may_be_beyond_64_bits(index, store):
+    for where in (index, store):
+        assert len(search(where, X[0], 3, [f"num_points<{10**20}"])[0]) == 3
+        assert search(where, X[0], 3, [f"num_points>{10**20}"]) == [[]]
+
+
 def test_many_queries_at_once_and_more_neighbours_than_rows(index, store):
     queries = RNG.normal(size=(4, 12))
     for found, query in zip(search(index, queries, 1000), queries, strict=True):
