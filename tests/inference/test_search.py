@@ -275,6 +275,8 @@ def test_a_query_of_the_index_is_left_out_however_it_is_spelled(scans, capsys, m
     np.savetxt(scans / "scans" / "many.npz#1.xyz", RNG.normal(size=(150, 3)))
     run("prepare", scans / "scans", "--points", "128", "--out", scans / "store#2")
     (scans / "link").symlink_to(scans / "scans")
+    (scans / "link.npz").symlink_to(scans / "scans" / "many.npz")
+    (scans / "link#store").symlink_to(scans / "store#2")
     monkeypatch.chdir(scans)
     run("embed", "scans", "store#2", "--model", scans / "model", "--out", "w.parquet")
     run("index", "w.parquet", "--out", "w.lancedb")
@@ -284,6 +286,8 @@ def test_a_query_of_the_index_is_left_out_however_it_is_spelled(scans, capsys, m
         ("./scans/ball/../ball/#.xyz", "scans/ball/#.xyz"),
         ("link/ball/scan#1.xyz", "scans/ball/scan#1.xyz"),
         ("scans/many.npz#1", "scans/many.npz#1"),
+        ("link.npz#1", "scans/many.npz#1"),
+        ("link#store#many.npz#1", "store#2#many.npz#1"),
         ("scans/many.npz#1.xyz", "scans/many.npz#1.xyz"),
         ("store#2#ball/#.xyz", "store#2#ball/#.xyz"),
         ("store#2#many.npz#1", "store#2#many.npz#1"),

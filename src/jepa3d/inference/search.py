@@ -15,6 +15,7 @@ made again. You may delete the copy at any time.
 
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -107,9 +108,16 @@ def _without(hits: list[Hit], path: str | None) -> list[Hit]:
     """
     paths = [hit.path for hit in hits]
     if path is not None and path not in paths:
-        real = os.path.realpath(path)
-        path = next((p for p in paths if os.path.realpath(p) == real), None)
+        real = _real(path)
+        path = next((p for p in paths if _real(p) == real), None)
     return [hit for hit in hits if hit.path != path]
+
+
+def _real(path: str) -> str:
+    """Resolve the links in an address, even if FILE in FILE#PART is a link itself."""
+    ends = [len(path), *(match.start() for match in reversed([*re.finditer("#", path)]))]
+    end = next((end for end in ends if os.path.exists(path[:end])), len(path))
+    return os.path.realpath(path[:end]) + path[end:]
 
 
 def _search_files(
