@@ -383,6 +383,10 @@ def test_a_query_may_be_vectors_and_the_model_may_have_moved(scans, capsys):
         )
         == 2
     )
+    for wrong in (np.ones((2, 5, 64)), np.full((2, 64), "a")):
+        np.save(scans / "wrong.npy", wrong)
+        with pytest.raises(ReadError, match=r"wrong\.npy"):
+            query_vectors(scans / "v.parquet", scans / "wrong.npy")
     (scans / "model").rename(scans / "moved")
     query = scans / "scans" / "ball" / "0.xyz"
     with pytest.raises(ValueError, match="neither a folder nor"):

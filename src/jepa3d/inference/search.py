@@ -238,7 +238,8 @@ def query_vectors(
     if path.suffix == ".npy" and path.is_file():
         with as_read_error(path):
             array = np.load(path, allow_pickle=False)
-        if array.ndim and array.shape[-1] == spec.embed_dim:
+        is_vectors = array.ndim in (1, 2) and array.dtype.kind in "iuf"
+        if is_vectors and array.shape[-1] == spec.embed_dim:
             return [str(query)] * len(np.atleast_2d(array)), np.atleast_2d(array)
     found, errors = embed_each(path, spec.encoder(index, model), spec)
     for error in errors:
