@@ -265,6 +265,9 @@ def test_the_neighbours_of_a_stick_are_sticks_from_files_and_from_the_store(scan
         assert "[ball]" in said(capsys, "search", where, query, "--where", "label=ball")
     assert "4 deleted" in said(capsys, "index", store, "--out", store, "--delete", "label=stick")
     assert "[stick]" not in said(capsys, "search", store, query)
+    link = scans / "link.lancedb"
+    link.symlink_to(store)
+    assert "4 deleted" in said(capsys, "index", link, "--out", store, "--delete", "label=ball")
 
 
 def test_a_query_of_the_index_is_left_out_however_it_is_spelled(scans, capsys, monkeypatch):
