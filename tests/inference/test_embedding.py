@@ -220,6 +220,15 @@ def test_an_encoder_that_was_trained_again_is_loaded_again(scans, tmp_path):
     assert not same(rows(tmp_path / "old.parquet"), rows(tmp_path / "new.parquet"))
 
 
+def test_an_embedder_finds_its_encoder_from_another_folder(model, scans, monkeypatch):
+    monkeypatch.chdir(model)
+    embedder = module.Embedder(".")
+    monkeypatch.chdir(scans)
+    made = embedder({"path": ["cup/1.npy"]})
+    assert made["path"].to_pylist() == [str(scans / "cup" / "1.npy")]
+    assert made["error"].to_pylist() == [None]
+
+
 def test_a_folder_called_default_is_not_taken_for_the_encoder_in_the_package(tmp_path, monkeypatch):
     (tmp_path / "default").mkdir()
     monkeypatch.chdir(tmp_path)

@@ -228,7 +228,8 @@ class Embedder:
         # This is False in a Ray actor that did not request a GPU, since Ray hides the GPU from it.
         self.on_device = torch.accelerator.is_available()
         self.encoder = self.spec.applied(encoder).to(default_device())
-        self.work = partial(embed_items, model, self.spec, self.on_device)
+        # `spec.model` is an absolute path, unlike `model`; the working directory may change.
+        self.work = partial(embed_items, self.spec.model, self.spec, self.on_device)
 
     def finish(self, results: Iterable[Embedded | str]) -> Iterator[Embedded | str]:
         """Return results of `work` with vectors. If this process has an accelerator, `work`
