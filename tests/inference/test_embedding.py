@@ -19,6 +19,7 @@ from jepa3d.inference import embed_files as updating
 from jepa3d.inference import embedding as module
 from jepa3d.inference.clouds import cloud_paths, find_clouds, item_at
 from jepa3d.inference.embed_files import embed_files
+from jepa3d.inference.spec import EmbeddingSpec
 from jepa3d.inference.vectors import Vectors, to_numpy
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.ready import fingerprint
@@ -199,6 +200,41 @@ def test_a_second_run_embeds_what_is_new_or_changed_and_nothing_else(
     assert same(rows(out), rows(tmp_path / "fresh.parquet"))
 
 
+def test_prune_keeps_a_sibling_whose_name_begins_alike_and_drops_what_a_file_held(model, tmp_path):
+    out, file, other = tmp_path / "v.parquet", tmp_path / "s" / "a.npy", tmp_path / "s#2" / "a.npy"
+    for path in (file, other):
+        path.parent.mkdir()
+        np.save(path, RNG.normal(size=(150, 3)))
+    embed_files([file.parent, other.parent], out, model, workers=1)
+    np.save(file, RNG.normal(size=(2, 150, 3)))
+    embed_files([file], out, model, workers=1, prune=True)
+    assert rows(out).keys() == {f"{file}#0", f"{file}#1", str(other)}
+    embed_files([file.parent], out, model, workers=1, prune=True)
+    assert str(other) in rows(out)
+
+
+def test_an_encoder_that_was_trained_again_is_loaded_again(scans, tmp_path):
+    for name in ("old", "new"):
+        PointEncoder(**SIZES, tokenizer_dim=16).save_pretrained(tmp_path / "model")
+        embed_files([scans], tmp_path / f"{name}.parquet", str(tmp_path / "model"), workers=1)
+    assert not same(rows(tmp_path / "old.parquet"), rows(tmp_path / "new.parquet"))
+
+
+def test_an_embedder_finds_its_encoder_from_another_folder(model, scans, monkeypatch):
+    monkeypatch.chdir(model)
+    embedder = module.Embedder(".")
+    monkeypatch.chdir(scans)
+    made = embedder({"path": ["cup/1.npy"]})
+    assert made["path"].to_pylist() == [str(scans / "cup" / "1.npy")]
+    assert made["error"].to_pylist() == [None]
+
+
+def test_a_folder_called_default_is_not_taken_for_the_encoder_in_the_package(tmp_path, monkeypatch):
+    (tmp_path / "default").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert EmbeddingSpec.of("default", load(), "z", -1, "mean").model == "default"
+
+
 def test_a_folder_of_shares_has_each_path_once_whoever_brings_it_up_to_date(model, scans, tmp_path):
     out, one = tmp_path / "vectors", tmp_path / "one.parquet"
 
@@ -287,6 +323,17 @@ def test_a_store_is_embedded_z_up_whatever_is_said_of_files(model, scans, tmp_pa
     for row in range(6):
         expected = load(model).embed(torch.tensor(store.points(row)).float()[None]).detach()
         assert np.allclose(made[f"{tmp_path / 'store'}#{store.key(row)}"], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", [{"up_axis": "y"}, {"points": 100}, {"keep_strays": True}])
+def test_clouds_of_a_store_made_again_with_another_setting_are_changed(tmp_path, scans, change):
+    stamps = []
+    for settings in ({"points": 128}, {"points": 128} | change):
+        store = tmp_path / f"{len(stamps)}" / "store"
+        prepare(scans, store, Preparation(**settings), workers=1)
+        stamps.append([item.stamp for item in find_clouds(store)[0]])
+        assert item_at(find_clouds(store)[0][0].path).stamp == stamps[-1][0]
+    assert not set(stamps[0]) & set(stamps[1])
 
 
 def test_a_path_leads_back_to_its_cloud(scans, tmp_path):

@@ -88,6 +88,12 @@ def test_files_and_store_find_what_brute_force_finds(index, store, where):
         agree(search(store, query, 7, where)[0], expected)
 
 
+def test_a_number_of_points_may_be_beyond_64_bits(index, store):
+    for where in (index, store):
+        assert len(search(where, X[0], 3, [f"num_points<{10**20}"])[0]) == 3
+        assert search(where, X[0], 3, [f"num_points>{10**20}"]) == [[]]
+
+
 def test_many_queries_at_once_and_more_neighbours_than_rows(index, store):
     queries = RNG.normal(size=(4, 12))
     for found, query in zip(search(index, queries, 1000), queries, strict=True):
@@ -181,6 +187,9 @@ def test_an_index_finds_nearly_all_and_filters_after_it_are_exact(store):
     with pytest.raises(ValueError, match="--probes needs jepa3d index --ann"):
         search(store, X[0], probes=3)
     opened.build()
+    for wrong in (0, -1):
+        with pytest.raises(ValueError, match=f"--probes {wrong}: must be 1 or more"):
+            search(store, X[0], probes=wrong)
     queries = RNG.normal(size=(20, 12))
     # 40 probes search all partitions of the 500 rows.
     for query, hits in zip(queries, search(store, queries, 10, probes=40), strict=True):
@@ -256,6 +265,9 @@ def test_the_neighbours_of_a_stick_are_sticks_from_files_and_from_the_store(scan
         assert "[ball]" in said(capsys, "search", where, query, "--where", "label=ball")
     assert "4 deleted" in said(capsys, "index", store, "--out", store, "--delete", "label=stick")
     assert "[stick]" not in said(capsys, "search", store, query)
+    link = scans / "link.lancedb"
+    link.symlink_to(store)
+    assert "4 deleted" in said(capsys, "index", link, "--out", store, "--delete", "label=ball")
 
 
 def test_a_query_of_the_index_is_left_out_however_it_is_spelled(scans, capsys, monkeypatch):
@@ -266,6 +278,8 @@ def test_a_query_of_the_index_is_left_out_however_it_is_spelled(scans, capsys, m
     np.savetxt(scans / "scans" / "many.npz#1.xyz", RNG.normal(size=(150, 3)))
     run("prepare", scans / "scans", "--points", "128", "--out", scans / "store#2")
     (scans / "link").symlink_to(scans / "scans")
+    (scans / "link.npz").symlink_to(scans / "scans" / "many.npz")
+    (scans / "link#store").symlink_to(scans / "store#2")
     monkeypatch.chdir(scans)
     run("embed", "scans", "store#2", "--model", scans / "model", "--out", "w.parquet")
     run("index", "w.parquet", "--out", "w.lancedb")
@@ -275,6 +289,8 @@ def test_a_query_of_the_index_is_left_out_however_it_is_spelled(scans, capsys, m
         ("./scans/ball/../ball/#.xyz", "scans/ball/#.xyz"),
         ("link/ball/scan#1.xyz", "scans/ball/scan#1.xyz"),
         ("scans/many.npz#1", "scans/many.npz#1"),
+        ("link.npz#1", "scans/many.npz#1"),
+        ("link#store#many.npz#1", "store#2#many.npz#1"),
         ("scans/many.npz#1.xyz", "scans/many.npz#1.xyz"),
         ("store#2#ball/#.xyz", "store#2#ball/#.xyz"),
         ("store#2#many.npz#1", "store#2#many.npz#1"),
@@ -370,6 +386,10 @@ def test_a_query_may_be_vectors_and_the_model_may_have_moved(scans, capsys):
         )
         == 2
     )
+    for wrong in (np.ones((2, 5, 64)), np.full((2, 64), "a")):
+        np.save(scans / "wrong.npy", wrong)
+        with pytest.raises(ReadError, match=r"wrong\.npy"):
+            query_vectors(scans / "v.parquet", scans / "wrong.npy")
     (scans / "model").rename(scans / "moved")
     query = scans / "scans" / "ball" / "0.xyz"
     with pytest.raises(ValueError, match="neither a folder nor"):
@@ -391,6 +411,15 @@ def test_a_damaged_row_group_is_named_by_its_file(tmp_path):
     file.write_bytes(content)
     with pytest.raises(ReadError, match=r"v\.parquet: damaged"):
         search(file, X[0])
+    for _ in range(2):
+        with pytest.raises(ReadError, match=r"v\.parquet: damaged"):
+            create_or_update(Vectors(file), tmp_path / "v.lancedb")
+        assert not (tmp_path / "v.lancedb").exists()
+    write([rows(np.ones(500, bool))], tmp_path / "good.parquet")
+    create_or_update(Vectors(tmp_path / "good.parquet"), tmp_path / "v.lancedb")
+    with pytest.raises(ReadError, match=r"v\.parquet: damaged"):
+        create_or_update(Vectors(file), tmp_path / "v.lancedb")
+    assert len(VectorStore(tmp_path / "v.lancedb")) == 500
 
 
 def test_a_damaged_column_of_errors_is_named_by_its_file(tmp_path):

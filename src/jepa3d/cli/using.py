@@ -89,7 +89,7 @@ def index(
 
     conditions = [Condition.parse(text) for text in delete]
     with writing(out):
-        if vectors != out:
+        if vectors.resolve() != out.resolve():
             new, old = create_or_update(Vectors(vectors), out)
             print(f"{out}: {new:,} new, {old:,} replaced")
         store = VectorStore(out)

@@ -2,6 +2,7 @@
 the cloud again.
 """
 
+import json
 import os
 import re
 from collections.abc import Callable, Collection
@@ -161,11 +162,10 @@ def _clouds_at(path: str | Path) -> tuple[list[Item], list[tuple[str, str]]]:
     if is_store(root):
         store = _store(root)[0]
         names = (*store.class_names, None)
-        columns = zip(store.columns["content"], store.columns["label"], strict=True)
         items = []
-        for row, (content, label) in enumerate(columns):
-            at = Address(root, store.key(row))
-            items.append(Item(str(at), at.open, int(content), names[label]))
+        for row, label in enumerate(store.columns["label"]):
+            at, stamp = Address(root, store.key(row)), _stored_stamp(store, row)
+            items.append(Item(str(at), at.open, stamp, names[label]))
         return items, []
     source, items = discover(Path(root)), []
     for entry in source.entries:
@@ -182,17 +182,27 @@ def cloud_paths(path: str | Path) -> list[str]:
 
 
 def _stamp(address: Address) -> int:
-    """Return a number that changes when a cloud changes. For a cloud in a store, the number is a
-    hash of the cloud's content. For any other cloud, it is a hash of the size and modification time
-    of the cloud's file.
+    """Return a number that changes when a cloud changes. For a cloud in a store, see
+    `_stored_stamp`. For any other cloud, the number is a hash of the size and modification time of
+    the cloud's file.
     """
     if address.in_store and (row := _row_of(address.file, str(address.part))) is not None:
-        return int(_store(address.file)[0].columns["content"][row])
+        return _stored_stamp(_store(address.file)[0], row)
     try:
         status = os.stat(address.file)
     except OSError:
         return 0  # reading the file will report what is missing
     return hash64(f"{status.st_size} {status.st_mtime_ns}".encode())
+
+
+def _stored_stamp(store: Store, row: int) -> int:
+    """Return a hash of what a cloud in a store was made from: the content of its file, its up axis,
+    its label and the settings of the store.
+    """
+    up, label = (int(store.columns[name][row]) for name in ("up", "label"))
+    name = None if label < 0 else store.class_names[label]
+    made_from = store.columns["content"][row].item(), up, name, store.header["settings"]
+    return hash64(json.dumps(made_from, sort_keys=True).encode())
 
 
 def log_left_out(skipped: list[tuple[str, str]]) -> None:

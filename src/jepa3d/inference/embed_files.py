@@ -65,8 +65,8 @@ def embed_files(
     log_left_out(skipped)
     items = {item.path: item for item in found}
     counts = Counter({"left out": len(skipped)})
-    roots = [spelled(os.path.abspath(path)) for path in paths]
-    inside = tuple(root + sign for root in roots for sign in "/#")
+    roots = {os.path.abspath(path) for path in paths}
+    inside = tuple(spelled(f"{root}/") for root in roots)
     with ExitStack() as locks:
         for file in files.values():
             locks.enter_context(writing(file))
@@ -84,7 +84,7 @@ def embed_files(
             part = [x for x in found if hash64(x.path.encode()) % shares == number - 1]
             todo = [item for item in part if known.get(item.path) != item.stamp]
             gone = known.keys() - items.keys() if prune else set()
-            gone = {x for x in gone if x.startswith(inside) or Address.parse(x) is None}
+            gone = {x for x in gone if x.startswith(inside) or _file_of(x) in (None, *roots)}
             counts.update(known=len(known), tried=len(todo), forgotten=len(gone))
             counts["unchanged"] += len(part) - len(todo)
             # Starting a process takes seconds, so every process must get a few batches of work.
@@ -102,6 +102,12 @@ def embed_files(
     done += f"; left out {counts['left out']:,}{unseen if counts['unseen'] else ''}"
     log.info(f"{out}: {done}")
     return counts
+
+
+def _file_of(path: str) -> str | None:
+    """Return the file or store that holds the cloud at an address; None if it no longer exists."""
+    address = Address.parse(path)
+    return None if address is None else address.file
 
 
 def _share_files(out: Path, share: str) -> tuple[dict[int, Path], int]:

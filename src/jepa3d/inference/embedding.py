@@ -180,7 +180,12 @@ def encode(
         yield from batch
 
 
-_loaded = lru_cache(maxsize=1)(load)
+@lru_cache(maxsize=1)
+def _loaded(model: str, fingerprint: str) -> PointEncoder:
+    """Load an encoder. Its fingerprint is part of the cache's key, so that a changed encoder is
+    loaded again.
+    """
+    return load(model)
 
 
 def embed_items(
@@ -191,7 +196,7 @@ def embed_items(
 
     points_only: return the encoder's inputs instead of vectors.
     """
-    encoder = spec.applied(_loaded(model))
+    encoder = spec.applied(_loaded(model, spec.fingerprint))
     results = (_seen_by(encoder, spec, item) for item in items)
     return list(results if points_only else encode(encoder, spec, results))
 
@@ -223,7 +228,8 @@ class Embedder:
         # This is False in a Ray actor that did not request a GPU, since Ray hides the GPU from it.
         self.on_device = torch.accelerator.is_available()
         self.encoder = self.spec.applied(encoder).to(default_device())
-        self.work = partial(embed_items, model, self.spec, self.on_device)
+        # `spec.model` is an absolute path, unlike `model`; the working directory may change.
+        self.work = partial(embed_items, self.spec.model, self.spec, self.on_device)
 
     def finish(self, results: Iterable[Embedded | str]) -> Iterator[Embedded | str]:
         """Return results of `work` with vectors. If this process has an accelerator, `work`

@@ -85,7 +85,8 @@ class Condition:
         if not re.fullmatch(r"\d+", value) or compare == "~":
             example = "compare with a number, such as 'num_points>=1000'"
             raise ValueError(f"condition {text!r}: {example}")
-        return Condition(column, compare, int(value))
+        # The column has 64-bit numbers; larger ones cannot be compared with it.
+        return Condition(column, compare, min(int(value), 2**63 - 1))
 
     def holds(self, values: list | pa.Array | pa.ChunkedArray) -> np.ndarray:
         """Return a mask, True for the values that satisfy the condition. A missing value satisfies

@@ -7,7 +7,9 @@ is one LanceDB transaction: readers see the store as it was before or after the 
 writer changes nothing.
 """
 
+import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -111,27 +113,51 @@ def create_or_update(vectors: Vectors, path: Path) -> tuple[int, int]:
     out, since they have no cosine. Raises ValueError if the name of `path` does not end in
     .lancedb, or if the vectors have another specification than the store (spec.py: the encoder and
     settings with which they were computed). Raises ReadError if `path` is a file, or a folder that
-    is not a store.
+    is not a store, or if the vectors are damaged.
     """
     if path.suffix != ".lancedb":
         raise ValueError(f"{path}: a LanceDB store is a folder whose name ends in .lancedb")
-    kind = schema(vectors.spec)
-    reader = pa.RecordBatchReader.from_batches(kind, _batches(vectors, kind))
     table = path / f"{_TABLE}.lance"
     # If the command that made the store was killed, the table may have no finished transaction. The
     # table is then made again.
     unfinished = path.is_dir() and set(path.iterdir()) <= {table}
     unfinished = unfinished and not any((table / "_versions").glob("*.manifest"))
     if not path.exists() or unfinished:
-        _connect(path).create_table(_TABLE, reader)
+        try:
+            with _reader(vectors) as reader:
+                _connect(path).create_table(_TABLE, reader)
+        except ReadError:
+            shutil.rmtree(path)
+            raise
         return len(VectorStore(path)), 0
     store = VectorStore(path)
     vectors.spec.check(store.spec, path)
     merging = store.table.merge_insert("path").when_matched_update_all()
-    result = merging.when_not_matched_insert_all().execute(reader)
+    with _reader(vectors) as reader:
+        result = merging.when_not_matched_insert_all().execute(reader)
     # `optimize` also adds the new rows to the index for approximate search.
     store.table.optimize(cleanup_older_than=_OLD)
     return result.num_inserted_rows, result.num_updated_rows
+
+
+@contextmanager
+def _reader(vectors: Vectors) -> Iterator[pa.RecordBatchReader]:
+    """Return a context manager that gives LanceDB the rows whose vectors are not zero. If they
+    cannot be read, LanceDB raises an error of its own; the ReadError is raised instead.
+    """
+    kind, damage = schema(vectors.spec), []
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        try:
+            yield from _batches(vectors, kind)
+        except ReadError as error:
+            damage.append(error)
+            raise
+
+    try:
+        yield pa.RecordBatchReader.from_batches(kind, batches())
+    except RuntimeError as error:
+        raise (damage or [error])[0] from None
 
 
 def _batches(vectors: Vectors, kind: pa.Schema) -> Iterator[pa.RecordBatch]:

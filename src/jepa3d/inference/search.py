@@ -15,6 +15,7 @@ made again. You may delete the copy at any time.
 
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -82,6 +83,8 @@ def search(
     """
     if k < 1:
         raise ValueError(f"-k {k}: must be 1 or more")
+    if probes is not None and probes < 1:
+        raise ValueError(f"--probes {probes}: must be 1 or more")
     if isinstance(queries, (str, Path)):
         names, queries = query_vectors(index, queries)
         exclude = names if exclude is None else exclude
@@ -105,9 +108,16 @@ def _without(hits: list[Hit], path: str | None) -> list[Hit]:
     """
     paths = [hit.path for hit in hits]
     if path is not None and path not in paths:
-        real = os.path.realpath(path)
-        path = next((p for p in paths if os.path.realpath(p) == real), None)
+        real = _real(path)
+        path = next((p for p in paths if _real(p) == real), None)
     return [hit for hit in hits if hit.path != path]
+
+
+def _real(path: str) -> str:
+    """Resolve the links in an address, even if FILE in FILE#PART is a link itself."""
+    ends = [len(path), *(match.start() for match in reversed([*re.finditer("#", path)]))]
+    end = next((end for end in ends if os.path.exists(path[:end])), len(path))
+    return os.path.realpath(path[:end]) + path[end:]
 
 
 def _search_files(
@@ -228,7 +238,8 @@ def query_vectors(
     if path.suffix == ".npy" and path.is_file():
         with as_read_error(path):
             array = np.load(path, allow_pickle=False)
-        if array.ndim and array.shape[-1] == spec.embed_dim:
+        is_vectors = array.ndim in (1, 2) and array.dtype.kind in "iuf"
+        if is_vectors and array.shape[-1] == spec.embed_dim:
             return [str(query)] * len(np.atleast_2d(array)), np.atleast_2d(array)
     found, errors = embed_each(path, spec.encoder(index, model), spec)
     for error in errors:

@@ -44,7 +44,8 @@ class EmbeddingSpec:
             raise ValueError(f"layer {layer}: use 0 (tokenizer) to {encoder.depth}, or -1 (last)")
         if pooling not in POOLINGS:
             raise ValueError(f"pooling {pooling!r}: use {', '.join(POOLINGS)}")
-        name = str(Path(model).absolute()) if model and Path(model).exists() else model
+        folder = model not in ("", "default") and Path(model).exists()
+        name = str(Path(model).absolute()) if folder else model
         weights = fingerprint(encoder) if model else ""
         layer, width = layer % (encoder.depth + 1), encoder.width
         settings = layer, pooling, up_axis, width * len(pooling.split("_"))
