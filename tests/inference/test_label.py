@@ -57,6 +57,11 @@ def test_clusters_are_those_of_the_vectors_nearest_first():
         assert (np.diff(distance) >= -1e-9).all()
 
 
+def test_copies_of_two_clouds_make_two_clusters():
+    groups = list(cluster(np.repeat(np.eye(4)[:2], [5, 3], 0), 4))
+    assert [group.tolist() for group in groups] == [[0, 1, 2, 3, 4], [5, 6, 7]]
+
+
 def test_the_head_is_estimated_on_what_it_did_not_see():
     y = np.repeat(np.arange(3), 20)
     assert fit_head(RNG.normal(size=(60, 50)), y)[1] < 0.6
