@@ -113,6 +113,13 @@ def test_colours_keep_the_order_of_the_file_and_its_millimetres(model, scan, xyz
     assert sorted(p.name for p in scan.parent.iterdir()) == [out.name, "scan.npy"]
 
 
+def test_a_tiny_scan_far_from_whole_numbers_fits_into_las(model, tmp_path, xyz):
+    tiny = 0.5 + 1e-6 * (xyz - xyz.min(0))
+    np.save(tmp_path / "tiny.npy", tiny)
+    write_features(tmp_path / "tiny.npy", tmp_path / "o.las", model)
+    assert np.abs(colors_of(tmp_path / "o.las")[0] - tiny).max() < 1e-9
+
+
 def test_a_tile_s_features_are_the_encoder_s_own(model, tmp_path):
     """If a scene is one tile with as many points as the encoder takes, a patch centre gets its
     token.
