@@ -141,9 +141,13 @@ def test_y_up_and_z_up_scans_of_one_scene_have_the_same_features(model, scan, xy
     np.save(scan.with_name("y.npy"), xyz[:, [0, 2, 1]] * [1, 1, -1])
     write_features(scan, scan.with_name("z.parquet"), model, 12)
     write_features(scan.with_name("y.npy"), scan.with_name("y.parquet"), model, 12, "y")
+    near = np.load(scan.with_name("y.npy")) - FAR[[0, 2, 1]] * [1, 1, -1]  # a GLB has float32
+    trimesh.PointCloud(near).export(scan.with_name("y.glb"))
+    write_features(scan.with_name("y.glb"), scan.with_name("glb.parquet"), model, 12)
     (_, z, _), (found, y, _) = rows(scan.with_name("z.parquet")), rows(scan.with_name("y.parquet"))
     assert (found == np.load(scan.with_name("y.npy"))).all()
-    assert np.abs(z - y).mean() < 0.02 * z.std()
+    for other in (y, rows(scan.with_name("glb.parquet"))[1]):
+        assert np.abs(z - other).mean() < 0.02 * z.std()
 
 
 def test_the_result_does_not_depend_on_chunks_or_buckets(model, scan, monkeypatch):
