@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from jepa3d.data.cloud import PointCloud, ReadError
+from jepa3d.data.cloud import TO_Z_UP, PointCloud, ReadError
 from jepa3d.data.errors import because
 from jepa3d.data.ply import header_of
 from jepa3d.evaluation.partseg import restricted_argmax
@@ -55,8 +55,10 @@ def predict(
     category of the clouds, which is needed if the network is a segmenter for several categories. A
     cloud that cannot be used gives a Prediction with an `error`. For each file without any cloud,
     another Prediction with an `error` follows at the end of the list. Raises ValueError for a
-    network or category that cannot be used.
+    network, category or up axis that cannot be used.
     """
+    if up_axis not in TO_Z_UP:
+        raise ValueError(f"up axis {up_axis!r} is unknown: use {', '.join(TO_Z_UP)}")
     network = load_network(run)
     label = _label(network, category)
     paths = [clouds] if isinstance(clouds, (str, Path)) else clouds
