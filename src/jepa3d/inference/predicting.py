@@ -16,7 +16,7 @@ from jepa3d.data.errors import because
 from jepa3d.data.ply import header_of
 from jepa3d.evaluation.partseg import restricted_argmax
 from jepa3d.frame import Frame
-from jepa3d.inference.clouds import Item, find_clouds, log_left_out, original
+from jepa3d.inference.clouds import Item, find_clouds, log_left_out, original, spelled
 from jepa3d.inference.embedding import Seen, log_remarks, see
 from jepa3d.inference.outputs import ply_row
 from jepa3d.models.heads import UNKNOWN, Classifier, LinearClassifier, Segmenter
@@ -137,7 +137,8 @@ def _find(
         found, others = find_clouds(path, optional=optional)
         skipped += others
         for item in found:
-            name = f"{path}{original(item.path).removeprefix(os.path.abspath(path))}"
+            inside = item.path.removeprefix(spelled(os.path.abspath(path)))
+            name = f"{path}{original(inside)}"
             items.setdefault(item.path, item)
             names.setdefault(item.path, os.path.normpath(name))
     return {name: items[path] for path, name in names.items()}, skipped
