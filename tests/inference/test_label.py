@@ -143,6 +143,14 @@ def test_names_that_cannot_be_used_are_told(tmp_path, text, message):
         read_names(tmp_path / "n.csv", ["/a"])
 
 
+def test_names_may_have_paths_relative_to_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "n.csv").write_text("path,name\n../a.xyz,cup\n./b.xyz,jug\n")
+    paths = [str(tmp_path / "a.xyz"), str(tmp_path / "here" / "b.xyz")]
+    assert read_names(tmp_path / "n.csv", paths) == dict(zip(paths, ("cup", "jug"), strict=True))
+
+
 def test_a_number_of_clusters_that_cannot_be(scans):
     with pytest.raises(ValueError, match="--clusters 25: give 2 to 24"):
         label([scans / "scans"], scans / "out", str(scans / "model"), clusters=25)

@@ -21,6 +21,7 @@ chosen among five measures by experiments in which whole classes were left unnam
 """
 
 import csv
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -194,7 +195,7 @@ def read_names(file: Path, paths: list[str]) -> dict[str, str]:
             continue
         if not row["path"]:
             raise ReadError(f"{file}: the name {name!r} has no path")
-        spellings = row["path"], str(Path(row["path"]).absolute())
+        spellings = row["path"], os.path.abspath(row["path"])
         if not (path := next((path for path in spellings if path in embedded), None)):
             raise ReadError(f"{file}: {row['path']} is not among the embedded clouds")
         known[path] = name
