@@ -134,8 +134,10 @@ def _propose(
     the clusters' names.
 
     Returns the names typed in the terminal, as a dict from path to name. Raises ValueError for
-    fewer than 2 clusters, or more clusters than clouds.
+    a single cloud, for fewer than 2 clusters, or for more clusters than clouds.
     """
+    if len(x) < 2:
+        raise ValueError("there is only one cloud: label needs at least two")
     count = clusters or min(40, max(2, round((len(x) / 2) ** 0.5)))
     if not 2 <= count <= len(x):
         raise ValueError(f"--clusters {count}: give 2 to {len(x):,} (the number of clouds)")
