@@ -152,8 +152,9 @@ def test_names_may_have_paths_relative_to_the_working_directory(tmp_path, monkey
 
 
 def test_a_number_of_clusters_that_cannot_be(scans):
-    with pytest.raises(ValueError, match="--clusters 25: give 2 to 24"):
-        label([scans / "scans"], scans / "out", str(scans / "model"), clusters=25)
+    for count in (0, 25):
+        with pytest.raises(ValueError, match=f"--clusters {count}: give 2 to 24"):
+            label([scans / "scans"], scans / "out", str(scans / "model"), clusters=count)
     with pytest.raises(ValueError, match="only one cloud: label needs at least two"):
         label([scans / "scans" / "00.xyz"], scans / "one", str(scans / "model"))
 

@@ -138,7 +138,8 @@ def _propose(
     """
     if len(x) < 2:
         raise ValueError("there is only one cloud: label needs at least two")
-    count = clusters or min(40, max(2, round((len(x) / 2) ** 0.5)))
+    default = min(40, max(2, round((len(x) / 2) ** 0.5)))
+    count = default if clusters is None else clusters
     if not 2 <= count <= len(x):
         raise ValueError(f"--clusters {count}: give 2 to {len(x):,} (the number of clouds)")
     # for each cluster: its size, and the paths of the clouds nearest to its centre
