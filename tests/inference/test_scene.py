@@ -426,6 +426,13 @@ def test_wrong_options_are_told_and_leave_nothing(model, scan, options, reason):
     assert list(scan.parent.iterdir()) == [scan]
 
 
+def test_a_tile_that_one_far_point_makes_too_small_is_not_called_an_option(model, tmp_path, xyz):
+    np.save(tmp_path / "far.npy", np.concatenate([xyz, np.zeros((1, 3))]))
+    with pytest.raises(ValueError, match="remove points far from all others, or give"):
+        write_features(tmp_path / "far.npy", tmp_path / "o.parquet", model)
+    write_features(tmp_path / "far.npy", tmp_path / "o.parquet", model, 100)
+
+
 def test_a_full_disk_is_told_before_the_work(model, scan, monkeypatch):
     monkeypatch.setattr(
         module.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000})
