@@ -3,6 +3,7 @@ between tiles, and no temporary files remain.
 """
 
 import itertools
+import sys
 
 import laspy
 import numpy as np
@@ -431,6 +432,13 @@ def test_a_tile_that_one_far_point_makes_too_small_is_not_called_an_option(model
     with pytest.raises(ValueError, match="remove points far from all others, or give"):
         write_features(tmp_path / "far.npy", tmp_path / "o.parquet", model)
     write_features(tmp_path / "far.npy", tmp_path / "o.parquet", model, 100)
+
+
+def test_a_missing_package_is_told_before_the_work(model, scan, monkeypatch):
+    monkeypatch.setitem(sys.modules, "laspy", None)
+    monkeypatch.setattr(module, "chunks", lambda *_: pytest.fail("the scan was read"))
+    with pytest.raises(ReadError, match="needs laspy"):
+        write_features(scan, scan.with_name("o.las"), model)
 
 
 def test_a_full_disk_is_told_before_the_work(model, scan, monkeypatch):

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from jepa3d.data.cloud import TO_Z_UP, ReadError, Reservoir
-from jepa3d.data.errors import suffix_of
+from jepa3d.data.errors import io_module, suffix_of
 from jepa3d.data.io import chunks
 from jepa3d.evaluation.features import default_device
 from jepa3d.inference.cells import RECORD, Cells, grid_for, sort_points, tiles_of
@@ -306,7 +306,7 @@ def _scratch(out: Path) -> Iterator[Path]:
 
 
 def _check(scan: Path, out: Path, tile: float | None, up_axis: str, dtype: str) -> None:
-    """Raise ValueError for wrong arguments, before the scan is read."""
+    """Raise ValueError for wrong arguments or a missing package, before the scan is read."""
     if out.suffix.lower() not in OUTPUTS:
         raise ValueError(f"--out {out}: its name must end in {', '.join(OUTPUTS)}")
     if out.is_dir() or not out.parent.is_dir():
@@ -319,6 +319,10 @@ def _check(scan: Path, out: Path, tile: float | None, up_axis: str, dtype: str) 
         raise ValueError(f"up axis {up_axis!r} is unknown: use {', '.join(TO_Z_UP)}")
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype} is unknown: use {' or '.join(DTYPES)}")
+    if out.suffix.lower() in (".las", ".laz"):
+        io_module("laspy")
+    if out.suffix.lower() == ".parquet":
+        import jepa3d.inference.vectors  # noqa: F401  it says which package is missing
 
 
 def _check_space(folder: Path, total: int, feature_bytes: int) -> None:
