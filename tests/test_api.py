@@ -71,6 +71,9 @@ def test_predictions_of_a_list_with_bad_files(folder, capfd):
     (whole,) = jepa3d.predict(folder / "parts", scans / "0.npy")
     assert set(whole.parts.tolist()) <= {0, 1}
     assert len(whole.parts) == 100
+    for up_axis in ("w", "none"):
+        with pytest.raises(ValueError, match="is unknown: use x, y, z"):
+            jepa3d.predict(folder / "classes", scans, up_axis=up_axis)
     assert capfd.readouterr() == ("", "")
 
 

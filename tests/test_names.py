@@ -18,6 +18,7 @@ from jepa3d.data import sources
 from jepa3d.data.cloud import ReadError
 from jepa3d.data.errors import because, printable
 from jepa3d.inference.embedding import embed
+from jepa3d.inference.predicting import predict
 from jepa3d.inference.vectors import Vectors
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.heads import Classifier
@@ -92,6 +93,8 @@ def test_every_command_takes_such_names_and_prints_them_clean(scans, capfd):
         assert {row["file"] for row in csv.DictReader(file)} == {
             f"scans/{os.fsdecode(name)}" for name in NAMES
         }
+    listed = next(path for path in paths if path.endswith("/b.npy"))
+    assert [found.path for found in predict("run", listed)] == [listed]
     assert embed("scans", PointEncoder.from_pretrained(scans / "model")).shape == (5, 64)
 
 

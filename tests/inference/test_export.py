@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import runpy
 import shutil
 import subprocess
@@ -292,6 +293,16 @@ def test_what_cannot_be_exported_is_said_and_leaves_nothing(made, tmp_path, monk
     with pytest.raises(ValueError, match="broken: the encoder cannot be read"):
         module.export(str(tmp_path / "broken"), out)
     assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+
+
+def test_a_program_that_disabled_log_messages_keeps_its_setting():
+    logging.disable(logging.ERROR)
+    try:
+        with module._quiet():
+            assert logging.root.manager.disable == logging.ERROR
+        assert logging.root.manager.disable == logging.ERROR
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def test_without_onnx_the_error_names_the_extra(made, tmp_path):

@@ -57,6 +57,11 @@ def test_clusters_are_those_of_the_vectors_nearest_first():
         assert (np.diff(distance) >= -1e-9).all()
 
 
+def test_copies_of_two_clouds_make_two_clusters():
+    groups = list(cluster(np.repeat(np.eye(4)[:2], [5, 3], 0), 4))
+    assert [group.tolist() for group in groups] == [[0, 1, 2, 3, 4], [5, 6, 7]]
+
+
 def test_the_head_is_estimated_on_what_it_did_not_see():
     y = np.repeat(np.arange(3), 20)
     assert fit_head(RNG.normal(size=(60, 50)), y)[1] < 0.6
@@ -138,9 +143,20 @@ def test_names_that_cannot_be_used_are_told(tmp_path, text, message):
         read_names(tmp_path / "n.csv", ["/a"])
 
 
+def test_names_may_have_paths_relative_to_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "n.csv").write_text("path,name\n../a.xyz,cup\n./b.xyz,jug\n")
+    paths = [str(tmp_path / "a.xyz"), str(tmp_path / "here" / "b.xyz")]
+    assert read_names(tmp_path / "n.csv", paths) == dict(zip(paths, ("cup", "jug"), strict=True))
+
+
 def test_a_number_of_clusters_that_cannot_be(scans):
-    with pytest.raises(ValueError, match="--clusters 25: give 2 to 24"):
-        label([scans / "scans"], scans / "out", str(scans / "model"), clusters=25)
+    for count in (0, 25):
+        with pytest.raises(ValueError, match=f"--clusters {count}: give 2 to 24"):
+            label([scans / "scans"], scans / "out", str(scans / "model"), clusters=count)
+    with pytest.raises(ValueError, match="only one cloud: label needs at least two"):
+        label([scans / "scans" / "00.xyz"], scans / "one", str(scans / "model"))
 
 
 def test_a_list_without_names_costs_no_names_given_before(scans):

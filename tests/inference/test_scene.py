@@ -3,6 +3,7 @@ between tiles, and no temporary files remain.
 """
 
 import itertools
+import sys
 
 import laspy
 import numpy as np
@@ -113,6 +114,13 @@ def test_colours_keep_the_order_of_the_file_and_its_millimetres(model, scan, xyz
     assert sorted(p.name for p in scan.parent.iterdir()) == [out.name, "scan.npy"]
 
 
+def test_a_tiny_scan_far_from_whole_numbers_fits_into_las(model, tmp_path, xyz):
+    tiny = 0.5 + 1e-6 * (xyz - xyz.min(0))
+    np.save(tmp_path / "tiny.npy", tiny)
+    write_features(tmp_path / "tiny.npy", tmp_path / "o.las", model)
+    assert np.abs(colors_of(tmp_path / "o.las")[0] - tiny).max() < 1e-9
+
+
 def test_a_tile_s_features_are_the_encoder_s_own(model, tmp_path):
     """If a scene is one tile with as many points as the encoder takes, a patch centre gets its
     token.
@@ -134,9 +142,13 @@ def test_y_up_and_z_up_scans_of_one_scene_have_the_same_features(model, scan, xy
     np.save(scan.with_name("y.npy"), xyz[:, [0, 2, 1]] * [1, 1, -1])
     write_features(scan, scan.with_name("z.parquet"), model, 12)
     write_features(scan.with_name("y.npy"), scan.with_name("y.parquet"), model, 12, "y")
+    near = np.load(scan.with_name("y.npy")) - FAR[[0, 2, 1]] * [1, 1, -1]  # a GLB has float32
+    trimesh.PointCloud(near).export(scan.with_name("y.glb"))
+    write_features(scan.with_name("y.glb"), scan.with_name("glb.parquet"), model, 12)
     (_, z, _), (found, y, _) = rows(scan.with_name("z.parquet")), rows(scan.with_name("y.parquet"))
     assert (found == np.load(scan.with_name("y.npy"))).all()
-    assert np.abs(z - y).mean() < 0.02 * z.std()
+    for other in (y, rows(scan.with_name("glb.parquet"))[1]):
+        assert np.abs(z - other).mean() < 0.02 * z.std()
 
 
 def test_the_result_does_not_depend_on_chunks_or_buckets(model, scan, monkeypatch):
@@ -413,6 +425,20 @@ def test_wrong_options_are_told_and_leave_nothing(model, scan, options, reason):
     with pytest.raises(ValueError, match=reason):
         write_features(scan, out, model, **options)
     assert list(scan.parent.iterdir()) == [scan]
+
+
+def test_a_tile_that_one_far_point_makes_too_small_is_not_called_an_option(model, tmp_path, xyz):
+    np.save(tmp_path / "far.npy", np.concatenate([xyz, np.zeros((1, 3))]))
+    with pytest.raises(ValueError, match="remove points far from all others, or give"):
+        write_features(tmp_path / "far.npy", tmp_path / "o.parquet", model)
+    write_features(tmp_path / "far.npy", tmp_path / "o.parquet", model, 100)
+
+
+def test_a_missing_package_is_told_before_the_work(model, scan, monkeypatch):
+    monkeypatch.setitem(sys.modules, "laspy", None)
+    monkeypatch.setattr(module, "chunks", lambda *_: pytest.fail("the scan was read"))
+    with pytest.raises(ReadError, match="needs laspy"):
+        write_features(scan, scan.with_name("o.las"), model)
 
 
 def test_a_full_disk_is_told_before_the_work(model, scan, monkeypatch):

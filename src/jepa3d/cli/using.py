@@ -207,7 +207,7 @@ def scene(
     out: Path,
     model: str = "default",
     tile: float | None = None,
-    up_axis: str = "z",
+    up_axis: str | None = None,
     dtype: str = "float32",
 ) -> None:
     """Compute a feature vector for every point of a large cloud, tile by tile, in bounded memory.
@@ -226,7 +226,7 @@ def scene(
         Side of a tile in the scan's unit, for example the size of the objects of interest. By
         default, it is chosen so that tiles have enough points.
     up_axis: str
-        The scan's up axis: x, y or z.
+        The scan's up axis: x, y or z; by default y for glTF files and z for all others.
     dtype: str
         Number type of the features in a .parquet file: float32 or float16.
     """

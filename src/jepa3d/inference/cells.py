@@ -179,7 +179,11 @@ def grid_for(
     most = 2**_KEY_BITS
     if np.prod(grid.count + 2.0) * 8 > most or grid.keys(grid.count[None])[0] >= most:
         extent = " x ".join(f"{size:.6g}" for size in high - low)
-        raise ValueError(f"--tile {grid.tile:g}: too small for a scene of {extent}")
+        small = f"too small for a scene of {extent}"
+        if tile is None:
+            chosen = f"tiles of {grid.tile:g}, chosen by the number of points, are {small}"
+            raise ValueError(f"{chosen}: remove points far from all others, or give --tile")
+        raise ValueError(f"--tile {tile:g}: {small}")
     few = median_count(grid, sample) * total / len(sample) < encoder.min_points
     if few and tile is not None:
         raise ValueError(f"--tile {tile:g}: too few points per tile; try {choose():g}")

@@ -175,13 +175,14 @@ def _quiet() -> Iterator[None]:
     """Silence messages of torch and onnxscript about a missing torchvision, about deprecations, and
     about every graph node that is folded into a constant.
     """
-    logging.disable(logging.WARNING)
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
 
 
 def _program(graph: Graph, encoder: PointEncoder) -> torch.export.ExportedProgram:

@@ -21,13 +21,16 @@ chosen among five measures by experiments in which whole classes were left unnam
 """
 
 import csv
+import os
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
 
 from jepa3d.data.cloud import ReadError
 from jepa3d.evaluation.classifiers import fit_head, one_thread, set_head
@@ -131,9 +134,12 @@ def _propose(
     the clusters' names.
 
     Returns the names typed in the terminal, as a dict from path to name. Raises ValueError for
-    fewer than 2 clusters, or more clusters than clouds.
+    a single cloud, for fewer than 2 clusters, or for more clusters than clouds.
     """
-    count = clusters or min(40, max(2, round((len(x) / 2) ** 0.5)))
+    if len(x) < 2:
+        raise ValueError("there is only one cloud: label needs at least two")
+    default = min(40, max(2, round((len(x) / 2) ** 0.5)))
+    count = default if clusters is None else clusters
     if not 2 <= count <= len(x):
         raise ValueError(f"--clusters {count}: give 2 to {len(x):,} (the number of clouds)")
     # for each cluster: its size, and the paths of the clouds nearest to its centre
@@ -146,28 +152,30 @@ def _propose(
         files = note(", ".join(map(display, shown)))
         sections.append(section(f"{number}: {size:,} clouds", *drawn, files))
     kind = "spherical k-means of vectors"
-    html = document("Clusters", f"{count} clusters", kind, sections)
+    html = document("Clusters", f"{len(groups)} clusters", kind, sections)
     write_bytes(out / "clusters.html", html.encode())
     known, rows = _ask(groups) if sys.stdin.isatty() else {}, []
     for number, (_, shown) in enumerate(groups, 1):
         rows += [(path, known.get(path, ""), number) for path in shown]
     write_csv(out / "names.csv", ("path", "name", "cluster"), *rows)
     files = f"{out / 'clusters.html'} and {out / 'names.csv'}"
-    log.info(f"written: {files}, {count} clusters")
+    log.info(f"written: {files}, {len(groups)} clusters")
     return known
 
 
 def cluster(x: np.ndarray, count: int) -> Iterator[np.ndarray]:
     """Cluster vectors [n, E] by spherical k-means: each vector is scaled to length 1 before
     k-means. Yields for each cluster the indices of its vectors, the largest cluster first. Within a
-    cluster, the vectors are ordered by their distance to its centre, nearest first.
+    cluster, the vectors are ordered by their distance to its centre, nearest first. If fewer than
+    `count` of the vectors differ, there are fewer clusters.
     """
     unit = unit_length(x)
-    with one_thread():
+    with one_thread(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # sklearn's, about equal vectors
         means = KMeans(count, n_init=4, random_state=_SEED).fit(unit)
     distance = np.linalg.norm(unit - means.cluster_centers_[means.labels_], axis=1)
-    sizes = np.bincount(means.labels_, minlength=count)
-    for number in np.argsort(-sizes, kind="stable"):
+    sizes = np.bincount(means.labels_)
+    for number in np.argsort(-sizes, kind="stable")[: np.count_nonzero(sizes)]:
         inside = np.flatnonzero(means.labels_ == number)
         yield inside[np.argsort(distance[inside], kind="stable")]
 
@@ -190,7 +198,7 @@ def read_names(file: Path, paths: list[str]) -> dict[str, str]:
             continue
         if not row["path"]:
             raise ReadError(f"{file}: the name {name!r} has no path")
-        spellings = row["path"], str(Path(row["path"]).absolute())
+        spellings = row["path"], os.path.abspath(row["path"])
         if not (path := next((path for path in spellings if path in embedded), None)):
             raise ReadError(f"{file}: {row['path']} is not among the embedded clouds")
         known[path] = name

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from jepa3d.data.cloud import PointCloud, ReadError
+from jepa3d.data.cloud import TO_Z_UP, PointCloud, ReadError
 from jepa3d.data.errors import because
 from jepa3d.data.ply import header_of
 from jepa3d.evaluation.partseg import restricted_argmax
 from jepa3d.frame import Frame
-from jepa3d.inference.clouds import Item, find_clouds, log_left_out, original
+from jepa3d.inference.clouds import Item, find_clouds, log_left_out, original, spelled
 from jepa3d.inference.embedding import Seen, log_remarks, see
 from jepa3d.inference.outputs import ply_row
 from jepa3d.models.heads import UNKNOWN, Classifier, LinearClassifier, Segmenter
@@ -55,8 +55,10 @@ def predict(
     category of the clouds, which is needed if the network is a segmenter for several categories. A
     cloud that cannot be used gives a Prediction with an `error`. For each file without any cloud,
     another Prediction with an `error` follows at the end of the list. Raises ValueError for a
-    network or category that cannot be used.
+    network, category or up axis that cannot be used.
     """
+    if up_axis not in TO_Z_UP:
+        raise ValueError(f"up axis {up_axis!r} is unknown: use {', '.join(TO_Z_UP)}")
     network = load_network(run)
     label = _label(network, category)
     paths = [clouds] if isinstance(clouds, (str, Path)) else clouds
@@ -135,7 +137,8 @@ def _find(
         found, others = find_clouds(path, optional=optional)
         skipped += others
         for item in found:
-            name = f"{path}{original(item.path).removeprefix(os.path.abspath(path))}"
+            inside = item.path.removeprefix(spelled(os.path.abspath(path)))
+            name = f"{path}{original(inside)}"
             items.setdefault(item.path, item)
             names.setdefault(item.path, os.path.normpath(name))
     return {name: items[path] for path, name in names.items()}, skipped

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from jepa3d.data.cloud import TO_Z_UP, ReadError, Reservoir
+from jepa3d.data.errors import io_module, suffix_of
 from jepa3d.data.io import chunks
 from jepa3d.evaluation.features import default_device
 from jepa3d.inference.cells import RECORD, Cells, grid_for, sort_points, tiles_of
@@ -218,14 +219,15 @@ def write_features(
     out: Path,
     model: str = "default",
     tile: float | None = None,
-    up_axis: str = "z",
+    up_axis: str | None = None,
     dtype: str = "float32",
 ) -> None:
     """Write a feature for every point of `scan`: as a colour, in the scan's order (.ply, .las,
     .laz), or as numbers (.parquet).
 
     tile: side of a tile in the file's unit. By default, the side is chosen so that the median tile
-    has about twice as many points as the encoder sees (its `num_points`). The disk of `out` needs
+    has about twice as many points as the encoder sees (its `num_points`). up_axis: the scan's up
+    axis, by default y for a glTF file and z for any other file. The disk of `out` needs
     32 bytes of temporary space per point (35 bytes if colours are written), and space for the
     results (see `_check_space`). An interrupted call deletes its temporary files. If its process is
     killed, the next call for the same `out` deletes them. Every call starts from the beginning.
@@ -234,6 +236,8 @@ def write_features(
     ReadError for a scan that cannot be used, and OSError if the disk has too little space.
     """
     began = time.monotonic()
+    if up_axis is None:
+        up_axis = "y" if suffix_of(scan) in (".glb", ".gltf") else "z"
     _check(scan, out, tile, up_axis, dtype)
     encoder, suffix = load(model).to(default_device()), out.suffix.lower()
     with writing(out), _scratch(out) as folder, progress_bar(unit_scale=True) as bar:
@@ -302,7 +306,7 @@ def _scratch(out: Path) -> Iterator[Path]:
 
 
 def _check(scan: Path, out: Path, tile: float | None, up_axis: str, dtype: str) -> None:
-    """Raise ValueError for wrong arguments, before the scan is read."""
+    """Raise ValueError for wrong arguments or a missing package, before the scan is read."""
     if out.suffix.lower() not in OUTPUTS:
         raise ValueError(f"--out {out}: its name must end in {', '.join(OUTPUTS)}")
     if out.is_dir() or not out.parent.is_dir():
@@ -315,6 +319,10 @@ def _check(scan: Path, out: Path, tile: float | None, up_axis: str, dtype: str) 
         raise ValueError(f"up axis {up_axis!r} is unknown: use {', '.join(TO_Z_UP)}")
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype} is unknown: use {' or '.join(DTYPES)}")
+    if out.suffix.lower() in (".las", ".laz"):
+        io_module("laspy")
+    if out.suffix.lower() == ".parquet":
+        import jepa3d.inference.vectors  # noqa: F401  it says which package is missing
 
 
 def _check_space(folder: Path, total: int, feature_bytes: int) -> None:
