@@ -361,6 +361,7 @@ def test_scratch_weights_are_the_seed_s(config):
         ({"data": ""}, "--data is missing"),
         ({"lr": 0}, "lr 0 must be positive"),
         ({"labels_key": "nothing"}, "nothing"),
+        ({"track": "board"}, "--track board is unknown"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(config, tmp_path, overrides, said):

@@ -35,7 +35,7 @@ from jepa3d.objectives.supervised import Supervised
 from jepa3d.plain import log, to_dict, write_bytes
 from jepa3d.run import Run
 from jepa3d.training import checkpoint, runs
-from jepa3d.training.engine import settle
+from jepa3d.training.engine import settle, tracker
 from jepa3d.training.loop import Task, fit
 from jepa3d.validate import validate
 
@@ -137,6 +137,7 @@ def begin(
     encoder = encoder or start_encoder(config, copied)
     config = replace(config, encoder=encoder_config(encoder)) if encoder else config
     validate(config)
+    tracker(config.track, None)
     runs.check_batch(config, "batch_size", config.batch_size)
     if started:
         runs.check_unchanged(config, out)
