@@ -294,7 +294,7 @@ def try_stages(
         task = with_cache(task, clouds, config, None)
         scale = shapes / len(clouds) if task.targets else 0
         caching = {name: scale * seconds for name, seconds in spent_since(start).items()}
-        quiet = replace(config, log_every=steps, snapshot_every=None)
+        quiet = replace(config, objective=stage, log_every=steps, snapshot_every=None)
         state = fit(task, clouds, quiet, None)
         networks[stage] = task.module
         yield stage, task, clouds, shapes, caching, state
