@@ -253,6 +253,19 @@ def test_damaged_targets_are_computed_again(tiny, tmp_path, capsys, name, damage
     assert same(weights(whole), weights(tmp_path / "run"))
 
 
+@pytest.mark.parametrize("change", [(b")]", b")\x00"), (b"<f2", b"<i2"), (b"(32,)", b"(31,)")])
+def test_targets_with_a_damaged_header_are_computed_again(tiny, tmp_path, capsys, change):
+    config = tiny(teacher="untrained", target={"cache": True})
+    with pytest.raises(Interrupted):
+        pretrain(config, tmp_path / "run", stop_at=3)
+    file = tmp_path / "run" / "cache" / "targets.npy"
+    content = file.read_bytes()
+    file.write_bytes(content.replace(*change, 1))
+    assert file.read_bytes() != content
+    pretrain(config, tmp_path / "run", resume=True)
+    assert "its targets are computed again" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_with_nan_are_refused_by_name(tmp_path, value):
     encoder = PointEncoder(**QUICK["encoder"])
