@@ -27,6 +27,7 @@ from jepa3d.training import finetune as training
 from jepa3d.training.finetune import finetune
 from jepa3d.training.loop import Interrupted
 from jepa3d.training.optim import adamw
+from jepa3d.training.pretrain import pretrain
 
 ENCODER = {
     "embed_dim": 24,
@@ -230,6 +231,12 @@ def test_head_first_needs_an_encoder_and_whole_shapes(config, segment_config, tm
         finetune(config(trained="head_first"), tmp_path / "run")
     with pytest.raises(ValueError, match="segment takes --trained all or head"):
         finetune(segment_config(trained="head_first", init="default"), tmp_path / "run")
+
+
+def test_only_a_folder_of_a_run_comes_from_that_run(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(pretrain(tiny(max_steps=1), tmp_path / "run"))
+    assert training.pretraining_of("default") is None
+    assert (training.pretraining_of("encoder") or {})["encoder_of"] == ""
 
 
 def test_the_encoder_of_the_package_is_a_beginning(config):

@@ -269,7 +269,7 @@ def pretraining_of(init: str | None) -> dict | None:
     one. Returns None if `init` does not belong to a pretraining run, or if it is the untrained
     encoder of a run.
     """
-    if init is None or Path(init).name == "untrained":
+    if init is None or Path(init).name == "untrained" or not Path(init).is_dir():
         return None
     # An `init` from a run is the run's folder, or one of its folders encoder and snapshots/step-N.
     folders = (Path(init), *Path(init).parents[:2])
