@@ -2,6 +2,7 @@
 bad settings give one clear line.
 """
 
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -356,6 +357,13 @@ def test_scratch_weights_are_the_seed_s(config):
     )
     assert torch.equal(one.out.weight, two.out.weight)
     assert not torch.equal(one.out.weight, three.out.weight)
+
+
+def test_encoders_from_scratch_with_other_settings_are_other_arms(config):
+    """`jepa3d results` averages runs with equal settings."""
+    changes = [{}, {"mlp_ratio": 2.0}, {"tokenizer_dim": 4}, {"qkv_bias": True}, {"depth": 1}]
+    arms = [training.arm_settings(config(encoder=change)) for change in changes]
+    assert all(one != other for one, other in itertools.combinations(arms, 2))
 
 
 @pytest.mark.parametrize(

@@ -254,12 +254,10 @@ ARM = (  # settings in which the arms (variants) of one comparison may differ
 
 
 def arm_settings(config: FinetuneConfig) -> dict[str, Any]:
-    """Return the settings in which arms of one comparison may differ, with the encoder's sizes."""
+    """Return the settings in which arms of one comparison may differ, with the encoder's."""
     known = to_dict(config)
-    sizes = known["encoder"] | size_overrides(config)
-    names = "embed_dim depth num_heads group_size drop_path num_points num_groups".split()
     found = {name: known[name] for name in ARM if name in known}
-    return found | {name: size for name, size in sizes.items() if name in names}
+    return found | known["encoder"] | size_overrides(config)
 
 
 def pretraining_of(init: str | None) -> dict | None:
