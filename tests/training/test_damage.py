@@ -239,6 +239,17 @@ def test_stage_one_goes_on_from_its_older_checkpoint(tiny, tmp_path, capsys):
     assert same(weights(whole), weights(tmp_path / "run"))
 
 
+def test_a_checkpoint_holds_a_layer_with_two_names(tmp_path):
+    layer = torch.nn.Linear(3, 3)
+    model = torch.nn.ModuleDict({"one": layer, "two": layer})
+    optimizer = torch.optim.AdamW(model.parameters())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    checkpoint.save(tmp_path, model, optimizer, {"step": 1})
+    torch.nn.init.zeros_(layer.weight)
+    checkpoint.restore(tmp_path, model, optimizer)
+    assert same(before, model.state_dict())
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("name", ["targets.npy", "run.json"])
 def test_damaged_targets_are_computed_again(tiny, tmp_path, capsys, name, damage):
