@@ -260,6 +260,8 @@ def test_some_arms_are_fine_tuned_too_and_kept(copied, write_grid, monkeypatch, 
     assert block[header.index("fine-tuned")] == "-"  # this arm was not to be fine-tuned
     monkeypatch.setattr("jepa3d.training.finetune.fit", None)  # training anything again would fail
     call(grid, "--out", out)
+    monkeypatch.chdir(out.parent)
+    call(grid, "--out", out.name)
     capsys.readouterr()
     call(write_grid(finetune=changes | {"epochs": 2}), "--out", out, code=2)
     assert "epochs" in capsys.readouterr().err

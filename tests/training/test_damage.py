@@ -239,6 +239,17 @@ def test_stage_one_goes_on_from_its_older_checkpoint(tiny, tmp_path, capsys):
     assert same(weights(whole), weights(tmp_path / "run"))
 
 
+def test_a_checkpoint_holds_a_layer_with_two_names(tmp_path):
+    layer = torch.nn.Linear(3, 3)
+    model = torch.nn.ModuleDict({"one": layer, "two": layer})
+    optimizer = torch.optim.AdamW(model.parameters())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    checkpoint.save(tmp_path, model, optimizer, {"step": 1})
+    torch.nn.init.zeros_(layer.weight)
+    checkpoint.restore(tmp_path, model, optimizer)
+    assert same(before, model.state_dict())
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("name", ["targets.npy", "run.json"])
 def test_damaged_targets_are_computed_again(tiny, tmp_path, capsys, name, damage):
@@ -251,6 +262,19 @@ def test_damaged_targets_are_computed_again(tiny, tmp_path, capsys, name, damage
     said = capsys.readouterr().out
     assert ("its targets are computed again" in said) or (damage, name) == ("remove", "run.json")
     assert same(weights(whole), weights(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("change", [(b")]", b")\x00"), (b"<f2", b"<i2"), (b"(32,)", b"(31,)")])
+def test_targets_with_a_damaged_header_are_computed_again(tiny, tmp_path, capsys, change):
+    config = tiny(teacher="untrained", target={"cache": True})
+    with pytest.raises(Interrupted):
+        pretrain(config, tmp_path / "run", stop_at=3)
+    file = tmp_path / "run" / "cache" / "targets.npy"
+    content = file.read_bytes()
+    file.write_bytes(content.replace(*change, 1))
+    assert file.read_bytes() != content
+    pretrain(config, tmp_path / "run", resume=True)
+    assert "its targets are computed again" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

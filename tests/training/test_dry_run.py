@@ -76,6 +76,15 @@ def test_the_cost_of_the_whole_run_is_that_of_its_steps(teacher, tiny, monkeypat
     assert list(Path().glob("run*")) == []
 
 
+def test_every_stage_is_tried_with_its_own_objective(tiny, monkeypatch):
+    """The objective decides whether a GPU replays a step as a graph (training/graphs.py)."""
+    seen = []
+    monkeypatch.setattr(training, "fit", lambda task, clouds, config, _: seen.append(config))
+    for _ in training.try_stages(tiny(teacher="dvae"), 2):
+        pass
+    assert [config.objective for config in seen] == ["dvae", "jepa"]
+
+
 @pytest.mark.parametrize(
     ("seconds", "said"),
     [

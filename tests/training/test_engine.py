@@ -458,3 +458,4 @@ def test_tensorboard_gets_the_figures_of_metrics_jsonl_and_the_settings(tiny, tm
 def test_a_tracker_that_cannot_be_had_is_told(tiny, tmp_path, name, message):
     with pytest.raises(ValueError, match=message):
         pretrain(tiny(track=name), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

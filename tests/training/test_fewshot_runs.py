@@ -81,6 +81,13 @@ def test_frozen_methods_need_no_training_and_say_what_they_are(config, tmp_path,
     assert (run / "start" / "model.safetensors").is_file()
 
 
+def test_an_untrained_frozen_encoder_has_the_given_points_and_patches(config, tmp_path):
+    changes = {"method": "ncm", "num_points": 32, "num_groups": 4}
+    run = run_fewshot(config(**changes), tmp_path / "run")
+    kept = json.loads((run / "start" / "config.json").read_text())
+    assert (kept["num_points"], kept["num_groups"]) == (32, 4)
+
+
 def test_both_arms_see_the_same_episodes(config, tmp_path):
     one, two = (
         run_fewshot(config(method=m), tmp_path / m) / "episodes.json" for m in ("ncm", "logistic")

@@ -2,6 +2,7 @@
 bad settings give one clear line.
 """
 
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -27,6 +28,7 @@ from jepa3d.training import finetune as training
 from jepa3d.training.finetune import finetune
 from jepa3d.training.loop import Interrupted
 from jepa3d.training.optim import adamw
+from jepa3d.training.pretrain import pretrain
 
 ENCODER = {
     "embed_dim": 24,
@@ -232,6 +234,12 @@ def test_head_first_needs_an_encoder_and_whole_shapes(config, segment_config, tm
         finetune(segment_config(trained="head_first", init="default"), tmp_path / "run")
 
 
+def test_only_a_folder_of_a_run_comes_from_that_run(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(pretrain(tiny(max_steps=1), tmp_path / "run"))
+    assert training.pretraining_of("default") is None
+    assert (training.pretraining_of("encoder") or {})["encoder_of"] == ""
+
+
 def test_the_encoder_of_the_package_is_a_beginning(config):
     encoder = training.start_encoder(config(init="default", num_points=256, num_groups=32), None)
     assert (encoder.width, encoder.num_points, encoder.num_groups) == (192, 256, 32)
@@ -351,6 +359,13 @@ def test_scratch_weights_are_the_seed_s(config):
     assert not torch.equal(one.out.weight, three.out.weight)
 
 
+def test_encoders_from_scratch_with_other_settings_are_other_arms(config):
+    """`jepa3d results` averages runs with equal settings."""
+    changes = [{}, {"mlp_ratio": 2.0}, {"tokenizer_dim": 4}, {"qkv_bias": True}, {"depth": 1}]
+    arms = [training.arm_settings(config(encoder=change)) for change in changes]
+    assert all(one != other for one, other in itertools.combinations(arms, 2))
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -361,6 +376,7 @@ def test_scratch_weights_are_the_seed_s(config):
         ({"data": ""}, "--data is missing"),
         ({"lr": 0}, "lr 0 must be positive"),
         ({"labels_key": "nothing"}, "nothing"),
+        ({"track": "board"}, "--track board is unknown"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(config, tmp_path, overrides, said):

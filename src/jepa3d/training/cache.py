@@ -15,6 +15,7 @@ import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, cast
 
 import numpy as np
@@ -163,12 +164,15 @@ class CachedTargets:
         try:
             if done := self._record()["batches"]:
                 self.rows = np.load(self.file, mmap_mode="r+")
+                if (self.rows.dtype, self.rows.shape) != (self.kind, (self.num_shapes,)):
+                    raise ValueError("its header is wrong")
                 for batch in range(done):
                     index = index_of(batch)
                     if (self.rows["checksum"][index] != self._checksums(index)).any():
                         raise ValueError(f"the checksums of batch {batch} are wrong")
                 return
-        except (OSError, ValueError, EOFError) as error:
+        # numpy parses the file's header as Python code, so damage may be an error of syntax
+        except (OSError, ValueError, EOFError, SyntaxError, TokenError) as error:
             found = f"{self.folder} is damaged ({error})"
             log.info(f"{found}; its targets are computed again")
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -85,8 +85,10 @@ def save(
     }
 
     def write(partial: Path) -> None:
-        kept = _trained_state(model).items()
-        weights = {name: value.cpu().contiguous() for name, value in kept}
+        # safetensors refuses tensors that share memory, such as the weights of a layer that a
+        # user's own objective uses under two names, so each is copied
+        kept, layout = _trained_state(model).items(), torch.contiguous_format
+        weights = {name: value.cpu().clone(memory_format=layout) for name, value in kept}
         save_file(weights, partial / "model.safetensors")
         save_file(moments, partial / "optimizer.safetensors")
         write_checked(partial / "state.json", state)

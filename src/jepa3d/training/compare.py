@@ -328,8 +328,10 @@ class Comparison:
         source, key, axis = dataset
         data: dict[str, Any] = {"data": source, "labels_key": key, "up_axis": axis}
         for seed, run in self._runs(arm).items():
-            config = replace(self.grid.finetune, **data, init=str(run / name), seed=seed)
-            folder = run / f"finetuned-{name}-{self.part}-{shapes.key}"
+            folder, init = run / f"finetuned-{name}-{self.part}-{shapes.key}", str(run / name)
+            if folder.exists():  # the path of `out` may have been written in another way
+                init = Run(folder).config["init"]
+            config = replace(self.grid.finetune, **data, init=init, seed=seed)
             with self._quiet():
                 finetune(config, folder, folder.exists(), data=shapes)
             log.info(f"fine-tuned: {run.name}, {name}")

@@ -26,7 +26,14 @@ from jepa3d.evaluation.protocol import moments
 from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm
 from jepa3d.plain import log, read_checked, to_dict
 from jepa3d.training import runs
-from jepa3d.training.finetune import TRAINED, arm_settings, begin, finetune, pretraining_of
+from jepa3d.training.finetune import (
+    TRAINED,
+    arm_settings,
+    begin,
+    finetune,
+    pretraining_of,
+    size_overrides,
+)
 from jepa3d.training.progress import clock, spent_since
 
 METHODS = {
@@ -54,7 +61,7 @@ def run_fewshot(config: FewshotConfig, out: Path, resume: bool = False) -> Path:
     protocol = f"{config.ways}-way {config.shots}-shot, {METHODS[config.method]}{head}"
     if encoder is None and not trains:
         torch.manual_seed(config.seed)
-        encoder = PointEncoder(**vars(config.encoder))
+        encoder = PointEncoder(**vars(config.encoder) | size_overrides(config))
         train = folds[0].train
         calibrate_batchnorm(encoder, train.batch(np.arange(len(train))))
     if started:

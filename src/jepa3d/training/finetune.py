@@ -35,7 +35,7 @@ from jepa3d.objectives.supervised import Supervised
 from jepa3d.plain import log, to_dict, write_bytes
 from jepa3d.run import Run
 from jepa3d.training import checkpoint, runs
-from jepa3d.training.engine import settle
+from jepa3d.training.engine import settle, tracker
 from jepa3d.training.loop import Task, fit
 from jepa3d.validate import validate
 
@@ -137,6 +137,7 @@ def begin(
     encoder = encoder or start_encoder(config, copied)
     config = replace(config, encoder=encoder_config(encoder)) if encoder else config
     validate(config)
+    tracker(config.track, None)
     runs.check_batch(config, "batch_size", config.batch_size)
     if started:
         runs.check_unchanged(config, out)
@@ -253,12 +254,10 @@ ARM = (  # settings in which the arms (variants) of one comparison may differ
 
 
 def arm_settings(config: FinetuneConfig) -> dict[str, Any]:
-    """Return the settings in which arms of one comparison may differ, with the encoder's sizes."""
+    """Return the settings in which arms of one comparison may differ, with the encoder's."""
     known = to_dict(config)
-    sizes = known["encoder"] | size_overrides(config)
-    names = "embed_dim depth num_heads group_size drop_path num_points num_groups".split()
     found = {name: known[name] for name in ARM if name in known}
-    return found | {name: size for name, size in sizes.items() if name in names}
+    return found | known["encoder"] | size_overrides(config)
 
 
 def pretraining_of(init: str | None) -> dict | None:
@@ -268,7 +267,7 @@ def pretraining_of(init: str | None) -> dict | None:
     one. Returns None if `init` does not belong to a pretraining run, or if it is the untrained
     encoder of a run.
     """
-    if init is None or Path(init).name == "untrained":
+    if init is None or Path(init).name == "untrained" or not Path(init).is_dir():
         return None
     # An `init` from a run is the run's folder, or one of its folders encoder and snapshots/step-N.
     folders = (Path(init), *Path(init).parents[:2])

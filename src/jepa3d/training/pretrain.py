@@ -31,7 +31,7 @@ from jepa3d.objectives.jepa import JEPA, make_sampler
 from jepa3d.ops import BatchGenerator
 from jepa3d.plain import is_code, load_code, log
 from jepa3d.training import cache, checkpoint, runs
-from jepa3d.training.engine import settle
+from jepa3d.training.engine import settle, tracker
 from jepa3d.training.loop import Task, fit
 from jepa3d.training.optim import total_steps
 from jepa3d.training.progress import clock, spent_since
@@ -294,7 +294,7 @@ def try_stages(
         task = with_cache(task, clouds, config, None)
         scale = shapes / len(clouds) if task.targets else 0
         caching = {name: scale * seconds for name, seconds in spent_since(start).items()}
-        quiet = replace(config, log_every=steps, snapshot_every=None)
+        quiet = replace(config, objective=stage, log_every=steps, snapshot_every=None)
         state = fit(task, clouds, quiet, None)
         networks[stage] = task.module
         yield stage, task, clouds, shapes, caching, state
@@ -362,6 +362,7 @@ def duration(seconds: float) -> str:
 def check(config: PretrainConfig) -> None:
     """Check the settings before any data is read. Raises ValueError if they cannot work."""
     validate(config)
+    tracker(config.track, None)
     for objective in (*config.stages, config.objective):
         size = config.schedule(objective).batch_size
         runs.check_batch(config, f"{objective}: batch_size", size)
