@@ -251,6 +251,14 @@ def test_stage_one_keeps_its_own_schedule(resolved):
     assert stage.schedule("generative") is stage
 
 
+def test_the_flag_objective_leaves_the_schedule_of_the_recipe_s_objective(resolved, tmp_path):
+    (tmp_path / "a.yaml").write_text("objective: generative\ngenerative: {max_steps: 50}\n")
+    words = ("--recipe", tmp_path / "a.yaml", "--objective", "jepa", "--generative.lr", 0.1)
+    config = resolved(*words)
+    assert (config.objective, config.max_steps, config.lr) == ("jepa", None, 1e-3)
+    assert (config.generative.max_steps, config.generative.lr) == (50, 0.1)
+
+
 @pytest.mark.parametrize(("name", "steps"), [("generative", 4400), ("invariance", 1150)])
 def test_the_rivals_recipes_give_the_runs_they_gave(resolved, name, steps):
     schedule = resolved("--recipe", RECIPES / f"tiny-{name}.yaml").schedule(name)
