@@ -378,6 +378,11 @@ def test_without_anything_the_settings_are_the_papers(resolved):
         ({"teacher": "generative", "generative.lr": -1}, "generative.lr -1"),
         ({"invariance.partial-ratio": "0.6 0.3"}, "partial_ratio"),
         ({"snapshot-every": 0}, "snapshot_every 0"),
+        ({"objective": "invariance", "batch-size": 1}, "invariance: batch_size 1 must be"),
+        (
+            {"teacher": "invariance", "invariance.batch-size": 4, "accumulate": 4},
+            "invariance: batch_size 4 must be at least 8",
+        ),
     ],
     ids=str,
 )

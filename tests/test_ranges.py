@@ -88,6 +88,11 @@ def test_a_range_given_backwards_is_refused(name):
         validate(changed(PretrainConfig(), tuple(name.split(".")), (0.9, 0.2)))
 
 
+def test_an_empty_list_of_sources_is_refused():
+    with pytest.raises(ValueError, match="data is empty"):
+        validate(settings.resolve({"data": []}))
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
