@@ -145,6 +145,9 @@ def departures(config: settings.PretrainConfig, num_shapes: int) -> dict[str, tu
     # Without SIGReg, the number of its slices has no effect.
     if not config.target.sigreg:
         del ours["target"]["num_slices"]
+    if config.objective in settings.STAGE_ONE:  # these objectives do not use the next settings
+        for key in ("sampler", "decoder", "target", "teacher", "init"):
+            del ours[key]
     # The schedule of the run's own objective is compared once, at the top level, and not again in
     # the group of the objective. Groups of objectives that the run does not train are ignored.
     for name in settings.STAGE_ONE:
