@@ -390,6 +390,10 @@ def test_without_anything_the_settings_are_the_papers(resolved):
         ({"teacher": "generative", "generative.lr": -1}, "generative.lr -1"),
         ({"invariance.partial-ratio": "0.6 0.3"}, "partial_ratio"),
         ({"snapshot-every": 0}, "snapshot_every 0"),
+        (
+            {"teacher": "default", "encoder.depth": 8, "target.layers": 7},
+            "target.layers 7 exceeds the depth 6 of teacher default",
+        ),
         ({"objective": "invariance", "batch-size": 1}, "invariance: batch_size 1 must be"),
         (
             {"teacher": "invariance", "invariance.batch-size": 4, "accumulate": 4},
