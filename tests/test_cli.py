@@ -269,13 +269,25 @@ def test_an_interrupted_run_goes_on_from_the_command_line(run, shapes, tmp_path,
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="pictures need matplotlib")
-def test_the_demo_ends_and_draws_pictures(tmp_path, quick_probe):
+def test_the_demo_ends_and_draws_pictures(tmp_path, quick_probe, capsys):
     out = tmp_path / "demo"
     assert call("demo", "--max-steps", 3, "--shapes", 200, "--out", out) == 0
     for name in ("blocks.png", "curves.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     assert "gain" in json.loads((out / "probe.json").read_text())["summary"]
     assert (out / "run" / "encoder").is_dir()
+    before = (out / "blocks.png").read_bytes()
+    assert "synthetic:200" in refusal(
+        capsys, "demo", "--max-steps", 3, "--shapes", 100, "--out", out
+    )
+    assert (out / "blocks.png").read_bytes() == before
+
+
+def test_a_demo_interrupted_after_its_first_picture_is_no_folder_of_something_else(
+    tmp_path, capsys
+):
+    (tmp_path / "blocks.png").write_bytes(b"")
+    assert "COUNT" in refusal(capsys, "demo", "--out", tmp_path, "--shapes", 3)
 
 
 def test_the_demo_leaves_a_folder_of_something_else_alone(tmp_path, capsys):
@@ -378,6 +390,15 @@ def test_without_anything_the_settings_are_the_papers(resolved):
         ({"teacher": "generative", "generative.lr": -1}, "generative.lr -1"),
         ({"invariance.partial-ratio": "0.6 0.3"}, "partial_ratio"),
         ({"snapshot-every": 0}, "snapshot_every 0"),
+        (
+            {"teacher": "default", "encoder.depth": 8, "target.layers": 7},
+            "target.layers 7 exceeds the depth 6 of teacher default",
+        ),
+        ({"objective": "invariance", "batch-size": 1}, "invariance: batch_size 1 must be"),
+        (
+            {"teacher": "invariance", "invariance.batch-size": 4, "accumulate": 4},
+            "invariance: batch_size 4 must be at least 8",
+        ),
     ],
     ids=str,
 )

@@ -273,6 +273,12 @@ def test_what_departs_is_listed_and_nothing_else(changes, name):
     assert list(departures(settings.resolve(FAITHFUL, changes), num_shapes)) == [name]
 
 
+def test_a_rival_has_no_departures_in_settings_that_only_3d_jepa_has():
+    config = settings.resolve(settings.preset("tiny"), {"objective": "generative"})
+    groups = {name.split(".")[0] for name in departures(config, 10)}
+    assert not groups & {"sampler", "decoder", "target", "teacher", "init"}
+
+
 def test_a_teacher_that_is_not_trained_here_has_no_departures_of_stage_one():
     config = settings.resolve(settings.preset("tiny"), {"teacher": "ema"})
     assert not any(name.startswith("dvae") for name in departures(config, 10))

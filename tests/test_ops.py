@@ -289,6 +289,13 @@ def test_interpolation_gives_back_the_features_at_the_centres():
     assert_close(ops.three_nn_interpolate(centers, centers, features), features, atol=1e-4, rtol=0)
 
 
+def test_interpolation_from_fewer_than_three_centres_uses_all():
+    query, centers = clouds(2, 5, seed=1), clouds(2, 1)
+    features = torch.randn(2, 1, 4, generator=torch.Generator().manual_seed(1))
+    out = ops.three_nn_interpolate(query, centers, features)
+    assert_close(out, features.expand(2, 5, 4))
+
+
 def test_interpolation_is_that_of_a_loop():
     query, centers = clouds(2, 5, seed=1), clouds(2, 9)
     features = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(1))

@@ -88,6 +88,11 @@ def test_a_range_given_backwards_is_refused(name):
         validate(changed(PretrainConfig(), tuple(name.split(".")), (0.9, 0.2)))
 
 
+def test_an_empty_list_of_sources_is_refused():
+    with pytest.raises(ValueError, match="data is empty"):
+        validate(settings.resolve({"data": []}))
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -249,6 +254,14 @@ def test_stage_one_keeps_its_own_schedule(resolved):
     stage = config.stage("generative")
     assert (stage.objective, stage.max_steps, stage.lr) == ("generative", 480, 1e-3)
     assert stage.schedule("generative") is stage
+
+
+def test_the_flag_objective_leaves_the_schedule_of_the_recipe_s_objective(resolved, tmp_path):
+    (tmp_path / "a.yaml").write_text("objective: generative\ngenerative: {max_steps: 50}\n")
+    words = ("--recipe", tmp_path / "a.yaml", "--objective", "jepa", "--generative.lr", 0.1)
+    config = resolved(*words)
+    assert (config.objective, config.max_steps, config.lr) == ("jepa", None, 1e-3)
+    assert (config.generative.max_steps, config.generative.lr) == (50, 0.1)
 
 
 @pytest.mark.parametrize(("name", "steps"), [("generative", 4400), ("invariance", 1150)])

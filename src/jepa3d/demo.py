@@ -23,8 +23,10 @@ def run_demo(out: Path, max_steps: int | None = None, shapes: int = 4000) -> Non
     means 2,000. shapes: number of generated shapes. Raises ValueError if `out` contains files but
     no demo, or if the demo in `out` was started with other arguments.
     """
-    run, source = out / "run", f"synthetic:{shapes}"
-    if out.exists() and not (run / "config.json").exists() and any(out.iterdir()):
+    run, blocks, source = out / "run", out / "blocks.png", f"synthetic:{shapes}"
+    # a demo that is interrupted early leaves only this picture
+    others = {file for file in out.iterdir() if file != blocks} if out.exists() else set()
+    if others and not (run / "config.json").exists():
         raise ValueError(f"{out}: contains files but no demo; choose another --out")
     changes = {"data": [source]} | ({} if max_steps is None else {"max_steps": max_steps})
     config = settings.resolve(settings.preset("tiny"), DEMO, changes)
@@ -32,7 +34,8 @@ def run_demo(out: Path, max_steps: int | None = None, shapes: int = 4000) -> Non
     print(f"making {shapes:,} shapes of {config.encoder.num_points} points", flush=True)
     clouds = load([source], config.encoder.num_points)
     out.mkdir(parents=True, exist_ok=True)
-    draw_blocks(clouds, config, out / "blocks.png")
+    if not (run.exists() and blocks.exists()):
+        draw_blocks(clouds, config, blocks)
     pretrain(config, run, resume=run.exists(), clouds=clouds)
     draw_curves(run, out / "curves.png")
     print("probing; pretraining has not seen the test split", flush=True)

@@ -345,9 +345,10 @@ def three_nn_interpolate(
     """Interpolate features [B, M, C] from centers [B, M, 3] to query points [B, N, 3]; returns
     [B, N, C].
 
-    The three nearest centers are weighted by inverse squared distance (PointNet++).
+    The three nearest centers, or all if there are fewer, are weighted by inverse squared distance
+    (PointNet++).
     """
-    index = knn(query, centers, 3)
+    index = knn(query, centers, min(3, centers.shape[1]))
     distance = (gather_points(centers, index) - query[:, :, None]).square().sum(-1)
     weight = 1 / (distance + 1e-8)
     weight = weight / weight.sum(-1, keepdim=True)

@@ -49,6 +49,8 @@ def _of_pretraining(config: settings.PretrainConfig) -> Iterator[str]:
     groups, used = encoder.num_groups, (config.objective, *config.stages)
     check_choice("objective", config.objective, ("jepa", *settings.STAGE_ONE))
     check_choice("sampler.name", config.sampler.name, settings.SAMPLERS)
+    if not config.data:
+        yield "data is empty: give at least one source of shapes"
     if not teacher or (len(teacher) > 1 and "none" in teacher):
         yield f"teacher {teacher}: give at least one teacher; 'none' cannot be combined with others"
     if len(set(teacher)) < len(teacher):
@@ -76,6 +78,9 @@ def _of_pretraining(config: settings.PretrainConfig) -> Iterator[str]:
         ratio = getattr(config, name).mask_ratio
         if max(1, int(ratio * groups)) >= groups:
             yield f"{name}.mask_ratio {ratio} leaves no visible token: encoder.num_groups is {groups}"
+    if "invariance" in used:
+        size = config.schedule("invariance").batch_size
+        yield from _of_batch("invariance: batch_size", size, config.accumulate)
     if "dvae" in used and (points := dvae.num_points) < max(groups, encoder.group_size):
         yield f"dvae.num_points {points} is less than encoder.num_groups or encoder.group_size"
     if "dvae" in used and dvae.width % 4:
@@ -84,13 +89,16 @@ def _of_pretraining(config: settings.PretrainConfig) -> Iterator[str]:
         yield f"dvae.dgcnn_dim {dvae.dgcnn_dim} must be even"
 
 
-def _of_finetuning(config: settings.FinetuneConfig) -> Iterator[str]:
-    size, count = config.batch_size, config.accumulate
-    if not config.data:
-        yield "--data is missing: give labelled shapes with a train and a test split"
+def _of_batch(name: str, size: int, count: int) -> Iterator[str]:
     if size < 2 * count:
         fewest = f"{2 * count} (2 x accumulate)" if count > 1 else "2"
-        yield f"batch_size {size} must be at least {fewest}: BatchNorm needs two shapes at a time"
+        yield f"{name} {size} must be at least {fewest}: BatchNorm needs two shapes at a time"
+
+
+def _of_finetuning(config: settings.FinetuneConfig) -> Iterator[str]:
+    if not config.data:
+        yield "--data is missing: give labelled shapes with a train and a test split"
+    yield from _of_batch("batch_size", config.batch_size, config.accumulate)
     if config.trained == "head_first" and config.init is None:
         yield "--trained head_first needs --init with an encoder; without --init, use --trained all"
 
@@ -137,6 +145,9 @@ def departures(config: settings.PretrainConfig, num_shapes: int) -> dict[str, tu
     # Without SIGReg, the number of its slices has no effect.
     if not config.target.sigreg:
         del ours["target"]["num_slices"]
+    if config.objective in settings.STAGE_ONE:  # these objectives do not use the next settings
+        for key in ("sampler", "decoder", "target", "teacher", "init"):
+            del ours[key]
     # The schedule of the run's own objective is compared once, at the top level, and not again in
     # the group of the objective. Groups of objectives that the run does not train are ignored.
     for name in settings.STAGE_ONE:

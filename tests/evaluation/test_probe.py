@@ -550,6 +550,18 @@ def test_an_encoder_by_itself_is_probed_beside_an_untrained_one_of_its_settings(
         assert row["scores"]["knn"]["confusion"] == expected["confusion"]
 
 
+def test_folders_whose_names_differ_after_a_dot_have_results_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(probing, "probe", lambda *arguments: {})
+    monkeypatch.setattr(probing, "sheets", lambda *arguments: [])
+    for name in ("scans.v1", "scans.v2"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(SystemExit):
+            main(["probe", "default", "--data", name])
+    files = {file.name for file in tmp_path.glob("probe-*.json")}
+    assert files == {"probe-scans.v1-default.json", "probe-scans.v2-default.json"}
+
+
 def test_encoders_by_themselves_are_not_averaged(tmp_path):
     for name in ("a", "b"):
         PointEncoder(16, 1, 2, 4, 8, 32).save_pretrained(tmp_path / name)

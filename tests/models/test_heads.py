@@ -5,7 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.heads import Classifier, Segmenter
+from jepa3d.models.ready import load_any
 from jepa3d.ops import BatchGenerator, gather_points, knn
 
 ENCODER = {
@@ -106,3 +108,12 @@ def test_a_prediction_depends_on_neither_unit_nor_place(points):
     np.testing.assert_allclose(
         classifier.predict(moved).detach(), classifier.predict(points).detach(), atol=1e-3
     )
+
+
+def test_default_is_the_encoder_in_the_package_even_beside_a_folder_of_this_name(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Classifier(ENCODER, ["a", "b"]).save_pretrained("default")
+    assert isinstance(load_any("default"), PointEncoder)
+    assert isinstance(load_any("./default"), Classifier)

@@ -66,7 +66,7 @@ def _weaker_settings(command: str, tokens: list[str]) -> dict:
     try:
         if command != "pretrain":
             return to_dict(from_dict(KINDS[command], merge({}, *layers)))
-        flag = {"objective": known.objective} if known.objective in STAGE_ONE else {}
+        flag = {"objective": known.objective} if known.objective else {}
         return to_dict(settings.resolve(*layers, flag))
     except ValueError as error:
         where = f"{known.recipe}: " if known.recipe else ""

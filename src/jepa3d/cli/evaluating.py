@@ -109,7 +109,9 @@ def probe(
     if not (run := Run.is_at(runs[0])):
         special.insert(0, runs[0].name)
     if out is None:
-        name = "-".join(["probe", Path(data).stem.replace(":", "-"), *special])
+        # a folder has no suffix: scans.v1 and scans.v2 are two sets
+        source = Path(data).name if Path(data).is_dir() else Path(data).stem
+        name = "-".join(["probe", source.replace(":", "-"), *special])
         out = (runs[0] if run else Path()) / f"{name}.json"
     write_json(out, result)
     print(f"written: {out}")

@@ -45,7 +45,8 @@ def load_any(model: str | Path) -> PointEncoder | Network:
     Raises ValueError if neither can be loaded.
     """
     folder = _network_folder(Path(model))
-    if (folder / "config.json").is_file() and "class_names" in read_settings(folder):
+    stored = model != "default" and (folder / "config.json").is_file()
+    if stored and "class_names" in read_settings(folder):
         return load_network(model)
     return load(model)
 

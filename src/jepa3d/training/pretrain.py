@@ -101,10 +101,16 @@ def make_dvae(config: PretrainConfig) -> DVAE:
 
 
 def make_teacher(config: PretrainConfig, networks: dict[str, Network]) -> Teacher | None:
-    """Combine all teachers of the configuration into one; returns None if `teacher` is "none"."""
+    """Combine all teachers of the configuration into one; returns None if `teacher` is "none".
+    Raises ValueError if an encoder has fewer blocks than `target.layers`.
+    """
     if config.teacher == ("none",):
         return None
     teachers, target = [networks[name] for name in config.teacher], config.target
+    for name, teacher in zip(config.teacher, teachers, strict=True):
+        if isinstance(teacher, PointEncoder) and (depth := teacher.depth) < target.layers:
+            found = f"exceeds the depth {depth} of teacher {name}"
+            raise ValueError(f"target.layers {target.layers} {found}")
     average = config.teacher.index("ema") if "ema" in config.teacher else None
     return Teacher(teachers, target.norm, target.layers, average)
 
