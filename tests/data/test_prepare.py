@@ -2,6 +2,7 @@
 of the original coordinates.
 """
 
+import gzip
 import io
 import json
 import os
@@ -416,6 +417,17 @@ def test_a_damaged_archive_is_refused(tmp_path, name, cut):
         stored(tmp_path / name, tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ["set.tar", "set.tar.gz"])
+def test_a_damaged_header_in_the_middle_of_an_archive_is_noticed(tmp_path, name):
+    members = {f"{i}.npy": as_bytes(SHAPES[i]) for i in range(3)}
+    content = bytearray(tarred(tmp_path / "set.tar", members).read_bytes())
+    content[content.index(b"1.npy")] ^= 0xFF
+    packed = gzip.compress(content) if name.endswith("gz") else content
+    (tmp_path / name).write_bytes(packed)
+    with pytest.raises(ReadError, match=rf"{name}: bad archive \(damaged header\)"):
+        stored(tmp_path / name, tmp_path / "out")
 
 
 # ------------------------------------------------------------------------------------- what is kept
