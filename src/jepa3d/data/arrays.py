@@ -329,6 +329,9 @@ def read_array(path: Path, row: int | None) -> PointCloud:
     Some damage raises an error of numpy, zipfile or h5py; `io.py::read` turns it into a ReadError.
     """
     mtime, count = path.stat().st_mtime_ns, clouds_in(path)
+    if row is not None and row >= (count or 0):
+        held = "one cloud" if count is None else f"{count:,} clouds"
+        raise ReadError(f"holds {held}, but no cloud #{row}")
     if count is None:
         arrays = array_block(path, None, mtime)
     elif row is None:
