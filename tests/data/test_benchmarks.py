@@ -223,6 +223,12 @@ def test_the_only_variant_there_needs_no_choice(tmp_path):
     assert discover(source).layout == "ScanObjectNN obj_bg"
 
 
+def test_a_variant_is_known_by_the_name_of_the_working_directory(tmp_path, monkeypatch):
+    source = written(layouts.scanobjectnn, tmp_path / "h5_files")
+    monkeypatch.chdir(source / "main_split_nobg")
+    assert discover(Path("."), "obj_only").layout == "ScanObjectNN obj_only"
+
+
 @pytest.mark.parametrize(
     ("write", "variant", "gone", "owner"),
     [
