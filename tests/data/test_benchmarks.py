@@ -190,6 +190,13 @@ def test_few_shot_folds_become_a_store_each(tmp_path, tiny, write):
     assert json.loads((run / "run.json").read_text())["data"]["shapes"] == 2
 
 
+def test_a_folder_of_another_name_is_no_folder_of_folds(tmp_path):
+    np.save(written(lambda root: None, tmp_path / "snapshot") / "a.npy", np.eye(64)[:, :3])
+    (tmp_path / "snapshot/cameras.pkl").write_bytes(pickle.dumps({"count": 1}))
+    (store,) = prepare(tmp_path / "snapshot", tmp_path / "store", Preparation(points=2), workers=1)
+    assert len(Store(store)) == 1
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_benchmark_is_found_in_the_folder_of_its_archive(tmp_path, name):
     case = CASES[name]

@@ -82,7 +82,7 @@ def prepare(
         raise ValueError(f"{out}: lies in the source {source}; choose another --out")
     with writing(out), unpacked(source, out) as root:
         folds = sorted(root.glob("**/*way_*shot/*.pkl")) if root.is_dir() else []
-        if root.is_dir() and root.name.endswith("shot"):
+        if root.is_dir() and root.resolve().match("*way_*shot"):
             folds += sorted(root.glob("*.pkl"))
         stores = {fold: out / fold.relative_to(root).with_suffix("") for fold in folds}
         pairs = (stores or {root: out}).items()
