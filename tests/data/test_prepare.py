@@ -350,6 +350,23 @@ def test_a_full_disk_is_one_line_keeps_what_was_committed_and_leaves_no_trace(
     assert same(store, whole)
 
 
+def unusual(path: Path) -> PointCloud:
+    """Read a file, as a user's reader that does not check what it reads."""
+    points = np.load(path).astype(np.float32)
+    faces = np.array([[0, 1, 99]]) if path.stem == "faces" else None
+    return PointCloud(points, np.zeros(3), faces=faces, colors=points[:, :3] ** 2 % 1)
+
+
+def test_clouds_of_a_reader_that_cannot_be_used_are_left_out(tmp_path):
+    clouds = [SHAPES[0], SHAPES[1][:0], SHAPES[2], np.where(SHAPES[3] > 1, np.nan, SHAPES[3])]
+    source = folder(tmp_path / "in", "a.npy", "empty.npy", "faces.npy", "nan.npy", clouds=clouds)
+    store = stored(source, tmp_path / "out", reader=f"{__name__}:unusual")
+    assert keys(store) == ["a.npy"]
+    reasons = left_out(store)
+    assert reasons.pop("faces.npy").startswith("cannot be used (index 99 is out of bounds")
+    assert reasons == {"empty.npy": "no points", "nan.npy": "NaN or infinite coordinates"}
+
+
 # ----------------------------------------------------------------------------------------- archives
 
 
