@@ -367,6 +367,14 @@ def test_clouds_of_a_reader_that_cannot_be_used_are_left_out(tmp_path):
     assert reasons == {"empty.npy": "no points", "nan.npy": "NaN or infinite coordinates"}
 
 
+def test_colours_of_a_reader_may_be_fractions(tmp_path):
+    source = folder(tmp_path / "in", "a.npy")
+    store = stored(source, tmp_path / "out", reader=f"{__name__}:unusual", keep=("colors",))
+    cloud = store.cloud(0)
+    assert cloud.colors.dtype == np.uint8
+    assert np.abs(cloud.colors - cloud.file_coordinates() ** 2 % 1 * 255).max() < 1
+
+
 # ----------------------------------------------------------------------------------------- archives
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jepa3d.data import procedural
-from jepa3d.data.cloud import ATTRIBUTES, TO_Z_UP, ReadError, check_cloud, to_parts
+from jepa3d.data.cloud import ATTRIBUTES, TO_Z_UP, ReadError, check_cloud, to_bytes, to_parts
 from jepa3d.data.entries import Entry, Source, divide, lacking
 from jepa3d.data.errors import first_line
 from jepa3d.data.parallel import mapped
@@ -205,6 +205,8 @@ def convert(entry: Entry, options: Preparation) -> tuple[Arrays, Row]:
     arrays |= {name: getattr(cloud, name) for name in options.keep}
     if "normals" in arrays:
         arrays["normals"] = (arrays["normals"] @ rotate).astype(np.float16)
+    if "colors" in arrays:
+        arrays["colors"] = to_bytes(arrays["colors"])
     if "parts" in arrays:
         arrays["parts"] = to_parts(arrays["parts"])
         if (arrays["parts"] < 0).all():
