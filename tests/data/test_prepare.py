@@ -375,6 +375,11 @@ def test_colours_of_a_reader_may_be_fractions(tmp_path):
     assert np.abs(cloud.colors - cloud.file_coordinates() ** 2 % 1 * 255).max() < 1
 
 
+def test_an_array_file_without_clouds_is_left_out_by_name(tmp_path):
+    source = folder(tmp_path / "in", "a.npy", "b.npy", clouds=[SHAPES[0], SHAPES[:0]])
+    assert left_out(stored(source, tmp_path / "out")) == {"b.npy": "holds no clouds"}
+
+
 # ----------------------------------------------------------------------------------------- archives
 
 

@@ -86,6 +86,8 @@ def entries_of(
     count = None if any(how[1:]) else clouds_in(path)
     if count is None:
         return [Entry(key, partial(read, path, None, *how), label, split)]
+    if not count:
+        raise ReadError(f"{path}: holds no clouds")
     facts = facts_in(path)
     labels, splits, names = repeat(label), repeat(split), facts.get("names", ())
     if "label" in facts:
