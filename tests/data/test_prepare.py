@@ -118,7 +118,8 @@ def test_a_fraction_is_stratified_and_always_the_same(tmp_path):
 
 def test_a_list_names_the_test_clouds(tmp_path):
     source = folder(tmp_path / "in", "a.npy", "b.npy", "c.npy")
-    (tmp_path / "test.txt").write_text("c.npy\na.npy\n")
+    # with the mark that Windows editors put first
+    (tmp_path / "test.txt").write_text("\ufeffc.npy\na.npy\n", encoding="utf-8")
     store = stored(source, tmp_path / "out", split=str(tmp_path / "test.txt"))
     assert [split for _, _, split in rows(store)] == ["test", "train", "test"]
 
