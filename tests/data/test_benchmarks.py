@@ -190,6 +190,13 @@ def test_few_shot_folds_become_a_store_each(tmp_path, tiny, write):
     assert json.loads((run / "run.json").read_text())["data"]["shapes"] == 2
 
 
+def test_a_folder_of_another_name_is_no_folder_of_folds(tmp_path):
+    np.save(written(lambda root: None, tmp_path / "snapshot") / "a.npy", np.eye(64)[:, :3])
+    (tmp_path / "snapshot/cameras.pkl").write_bytes(pickle.dumps({"count": 1}))
+    (store,) = prepare(tmp_path / "snapshot", tmp_path / "store", Preparation(points=2), workers=1)
+    assert len(Store(store)) == 1
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_benchmark_is_found_in_the_folder_of_its_archive(tmp_path, name):
     case = CASES[name]
@@ -221,6 +228,12 @@ def test_the_only_variant_there_needs_no_choice(tmp_path):
     for path in (*source.glob("main_split/*75.h5"), *source.glob("main_split_nobg/*")):
         path.unlink()
     assert discover(source).layout == "ScanObjectNN obj_bg"
+
+
+def test_a_variant_is_known_by_the_name_of_the_working_directory(tmp_path, monkeypatch):
+    source = written(layouts.scanobjectnn, tmp_path / "h5_files")
+    monkeypatch.chdir(source / "main_split_nobg")
+    assert discover(Path("."), "obj_only").layout == "ScanObjectNN obj_only"
 
 
 @pytest.mark.parametrize(

@@ -247,3 +247,12 @@ def test_files_as_people_have_them_are_read(name):
     assert len(points) >= 64
     assert np.isfinite(points).all()
     assert (np.ptp(points, axis=0) > 0).all()
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.npz"])
+@pytest.mark.parametrize(("shape", "held"), [((40, 3), "one cloud"), ((2, 40, 3), "2 clouds")])
+def test_a_cloud_that_a_file_lacks_is_refused(tmp_path, name, shape, held):
+    cloud = np.random.default_rng(0).normal(size=shape)
+    np.save(tmp_path / name, cloud) if name == "a.npy" else np.savez(tmp_path / name, points=cloud)
+    with pytest.raises(ReadError, match=f"{name}: holds {held}, but no cloud #2$"):
+        read(tmp_path / name, 2)

@@ -2,6 +2,7 @@
 of the original coordinates.
 """
 
+import gzip
 import io
 import json
 import os
@@ -117,7 +118,8 @@ def test_a_fraction_is_stratified_and_always_the_same(tmp_path):
 
 def test_a_list_names_the_test_clouds(tmp_path):
     source = folder(tmp_path / "in", "a.npy", "b.npy", "c.npy")
-    (tmp_path / "test.txt").write_text("c.npy\na.npy\n")
+    # with the mark that Windows editors put first
+    (tmp_path / "test.txt").write_text("\ufeffc.npy\na.npy\n", encoding="utf-8")
     store = stored(source, tmp_path / "out", split=str(tmp_path / "test.txt"))
     assert [split for _, _, split in rows(store)] == ["test", "train", "test"]
 
@@ -358,6 +360,36 @@ def test_a_full_disk_is_one_line_keeps_what_was_committed_and_leaves_no_trace(
     assert same(store, whole)
 
 
+def unusual(path: Path) -> PointCloud:
+    """Read a file, as a user's reader that does not check what it reads."""
+    points = np.load(path).astype(np.float32)
+    faces = np.array([[0, 1, 99]]) if path.stem == "faces" else None
+    return PointCloud(points, np.zeros(3), faces=faces, colors=points[:, :3] ** 2 % 1)
+
+
+def test_clouds_of_a_reader_that_cannot_be_used_are_left_out(tmp_path):
+    clouds = [SHAPES[0], SHAPES[1][:0], SHAPES[2], np.where(SHAPES[3] > 1, np.nan, SHAPES[3])]
+    source = folder(tmp_path / "in", "a.npy", "empty.npy", "faces.npy", "nan.npy", clouds=clouds)
+    store = stored(source, tmp_path / "out", reader=f"{__name__}:unusual")
+    assert keys(store) == ["a.npy"]
+    reasons = left_out(store)
+    assert reasons.pop("faces.npy").startswith("cannot be used (index 99 is out of bounds")
+    assert reasons == {"empty.npy": "no points", "nan.npy": "NaN or infinite coordinates"}
+
+
+def test_colours_of_a_reader_may_be_fractions(tmp_path):
+    source = folder(tmp_path / "in", "a.npy")
+    store = stored(source, tmp_path / "out", reader=f"{__name__}:unusual", keep=("colors",))
+    cloud = store.cloud(0)
+    assert cloud.colors.dtype == np.uint8
+    assert np.abs(cloud.colors - cloud.file_coordinates() ** 2 % 1 * 255).max() < 1
+
+
+def test_an_array_file_without_clouds_is_left_out_by_name(tmp_path):
+    source = folder(tmp_path / "in", "a.npy", "b.npy", clouds=[SHAPES[0], SHAPES[:0]])
+    assert left_out(stored(source, tmp_path / "out")) == {"b.npy": "holds no clouds"}
+
+
 # ----------------------------------------------------------------------------------------- archives
 
 
@@ -425,6 +457,17 @@ def test_a_damaged_archive_is_refused(tmp_path, name, cut):
         stored(tmp_path / name, tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ["set.tar", "set.tar.gz"])
+def test_a_damaged_header_in_the_middle_of_an_archive_is_noticed(tmp_path, name):
+    members = {f"{i}.npy": as_bytes(SHAPES[i]) for i in range(3)}
+    content = bytearray(tarred(tmp_path / "set.tar", members).read_bytes())
+    content[content.index(b"1.npy")] ^= 0xFF
+    packed = gzip.compress(content) if name.endswith("gz") else content
+    (tmp_path / name).write_bytes(packed)
+    with pytest.raises(ReadError, match=rf"{name}: bad archive \(damaged header\)"):
+        stored(tmp_path / name, tmp_path / "out")
 
 
 # ------------------------------------------------------------------------------------- what is kept

@@ -74,6 +74,13 @@ def test_a_wrong_count_is_refused_in_one_line(source):
         load([source], 64)
 
 
+def test_a_folder_may_be_called_procedural(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("procedural").mkdir()
+    np.save("procedural/a.npy", make_procedural(0, 64))
+    assert len(load(["procedural"], 64)) == 1
+
+
 def test_the_source_needs_its_count():
     with pytest.raises(ReadError, match="procedural:COUNT"):
         load(["procedural"], 64)

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -248,6 +249,17 @@ def test_a_store_whose_writer_was_killed_is_refused_until_it_is_continued(
     one.verify()
     assert [one.key(i) for i in range(20)] == [two.key(i) for i in range(20)]
     assert all(np.array_equal(one.points(i), two.points(i)) for i in range(20))
+
+
+def test_a_store_that_stays_empty_is_deleted_also_if_its_first_writer_was_killed(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.npy").write_text("damaged")
+    options = Preparation(points=32)
+    # as a killed writer leaves it
+    StoreWriter(tmp_path / "store", json.loads(json.dumps(asdict(options))), (), ())
+    with pytest.raises(ReadError, match="none of its clouds can be used"):
+        prepare(tmp_path / "in", tmp_path / "store", options, workers=1)
+    assert not (tmp_path / "store").exists()
 
 
 @pytest.mark.parametrize("fails", [2, 3, 9, 11, 12])

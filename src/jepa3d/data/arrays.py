@@ -330,10 +330,14 @@ def read_array(path: Path, row: int | None) -> PointCloud:
     """
     mtime = path.stat().st_mtime_ns
     shape = _shape(path, mtime)
-    if len(shape) != 3:
+    count = shape[0] if len(shape) == 3 else None
+    if row is not None and row >= (count or 0):
+        held = "one cloud" if count is None else f"{count:,} clouds"
+        raise ReadError(f"holds {held}, but no cloud #{row}")
+    if count is None:
         arrays = array_block(path, None, mtime)
     elif row is None:
-        raise ReadError(f"holds {shape[0]:,} clouds: choose one cloud as PATH#ROW")
+        raise ReadError(f"holds {count:,} clouds: choose one cloud as PATH#ROW")
     else:
         whole = path.suffix.lower() == ".npz"
         block, at = (None, row) if whole else divmod(row, _BLOCK)

@@ -185,7 +185,7 @@ def _scanobjectnn(root: Path, variant: str | None) -> Source | None:
     `root` holds no files of ScanObjectNN.
     """
     is_folder = any(root.glob("t*_objectdataset*.h5"))
-    only = "main_split_nobg" if "nobg" in root.name else "main_split"
+    only = "main_split_nobg" if "nobg" in root.absolute().name else "main_split"
     files = {
         name: (root if is_folder else root / folder, f"_objectdataset{end}.h5")
         for name, (folder, end) in _SCANS.items()

@@ -86,6 +86,8 @@ def entries_of(
     count = None if any(how[1:]) else clouds_in(path)
     if count is None:
         return [Entry(key, partial(read, path, None, *how), label, split)]
+    if not count:
+        raise ReadError(f"{path}: holds no clouds")
     facts = facts_in(path)
     labels, splits, names = repeat(label), repeat(split), facts.get("names", ())
     if "label" in facts:
@@ -205,7 +207,7 @@ def _listed(entries: list[Entry], path: Path) -> set[str]:
     if not path.is_file():
         allowed = "give the word folder, a fraction, or a file that lists the test clouds"
         raise ReadError(f"--split {path}: no such file; {allowed}")
-    lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
     listed = {line.strip() for line in lines if line.strip()}
     if missing := listed - {entry.key for entry in entries}:
         raise ReadError(f"{path}: lists {min(missing)!r}, which is not in the source")

@@ -276,8 +276,8 @@ def count_of(source: Path | str, kind: str = "procedural", fewest: int = 1) -> i
 
     Raises ReadError if COUNT is not a number or is smaller than `fewest`.
     """
-    name, _, count = str(source).partition(":")
-    if name != kind:
+    name, colon, count = str(source).partition(":")
+    if name != kind or not colon:
         return 0
     if not count.isdecimal() or int(count) < fewest:
         raise ReadError(f"{source}: give {kind}:COUNT with a COUNT of {fewest} or more")

@@ -323,6 +323,8 @@ class StoreWriter:
         self._key_end = int(store.columns["key_end"][-1]) if len(store) else 0
         self._size = {name: len(store) * _row_bytes(name) for name in COLUMNS}
         self._size["keys"] = self._key_end
+        # the store is still empty if the command that began it was killed
+        self._new |= not len(store)
         del store  # closes its index, which is truncated below
         self._index.mkdir(exist_ok=True)
         for name, size in self._size.items():
