@@ -278,6 +278,15 @@ def test_classes_of_one_half_are_dropped_and_named(capsys):
     assert found.train.points[:, 0, 0].tolist() == [0, 6, 18]
 
 
+def test_a_report_json_of_the_user_s_own_is_not_read(tmp_path):
+    rng = np.random.default_rng(0)
+    for folder in ("train/cup", "train/axe", "test/cup", "test/axe"):
+        (tmp_path / folder).mkdir(parents=True)
+        np.save(tmp_path / folder / "1.npy", rng.normal(size=(40, 3)))
+    (tmp_path / "report.json").write_text("[1]")
+    assert LabelledSet(str(tmp_path)).read(16).layout is None
+
+
 def test_a_source_s_validation_part_is_neither_train_nor_test():
     source = clouds([0, 1, 0, 1, 0, 1, 0], np.array([0, 0, 0, 1, 1, 2, 2]))
     found = Labelled.of(source)
