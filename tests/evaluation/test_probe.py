@@ -354,6 +354,13 @@ def test_one_train_shape_a_class_is_refused_where_something_is_chosen(calls):
         assert run_protocol(protocol, x, y, x_test, y_test, [1], c=0.1)["accuracy"] > 30
 
 
+def test_a_class_of_one_shape_beside_one_other_class_is_probed(calls):
+    x, y, x_test, y_test = data((1.0, 2.0), train=8, classes=2)
+    keep = np.flatnonzero((y == 1) | (np.arange(8) == 0))
+    found = run_protocol("logistic_10", x[:, keep], y[keep], x_test, y_test, [0, 1])
+    assert found["accuracy"] > 30
+
+
 def row(run: str, model: str, accuracy: float) -> dict:
     return {"run": run, "model": model, "seed": 0, "scores": {"knn": {"accuracy": accuracy}}}
 

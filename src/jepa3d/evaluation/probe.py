@@ -165,7 +165,8 @@ def _validation(
 
 def _folds(labels: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Split labels into five folds, or fewer if no class has five labels; returns pairs (rows to
-    fit, rows to score). Raises ValueError if no class has two labels.
+    fit, rows to score). A fold that leaves only one class to fit is left out. Raises ValueError if
+    no class has two labels.
     """
     check_pairs(labels)
     number = min(5, np.bincount(labels).max())
@@ -173,7 +174,8 @@ def _folds(labels: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]
         # scikit-learn warns if the smallest class has fewer labels than there are folds
         warnings.simplefilter("ignore", UserWarning)
         folds = StratifiedKFold(number, shuffle=True, random_state=seed)
-        return list(folds.split(labels, labels))
+        pairs = list(folds.split(labels, labels))
+    return [(fit, held) for fit, held in pairs if len(np.unique(labels[fit])) > 1]
 
 
 def few_labels(y: np.ndarray, seed: int) -> list[np.ndarray]:
