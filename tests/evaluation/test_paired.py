@@ -104,6 +104,8 @@ def test_a_shape_without_a_figure_is_left_out_of_every_row():
     assert rows["b"].values == [45]
     assert rows["a"].difference.mean == 15
     assert rows["b"].difference is None
+    found["a"]["map"][:] = np.nan
+    assert {row.metric for row in rows_of("set", found, "b")} == {"logistic_10", "knn", "nearest"}
 
 
 def test_the_table_of_a_set_has_a_column_for_every_metric():

@@ -241,7 +241,7 @@ def rows_of(data: str, found: dict[str, Outcomes], reference: str) -> list[Row]:
 
     found: name of an arm or baseline -> its outcomes. reference: name of the reference arm. A shape
     that is alone in its class has the score NaN under some metrics. Such a shape is left out of
-    all rows of these metrics.
+    all rows of these metrics. If that leaves no shape, there are no rows of these metrics.
     """
     rows = []
     for metric in METRICS:
@@ -249,6 +249,8 @@ def rows_of(data: str, found: dict[str, Outcomes], reference: str) -> list[Row]:
         if not tables:
             continue
         kept = np.isfinite(np.concatenate([*tables.values()])).all(0)
+        if not kept.any():
+            continue
         tables = {name: table[:, kept] for name, table in tables.items()}
         for name, table in tables.items():
             compared = name != reference and reference in tables
