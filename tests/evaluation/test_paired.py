@@ -161,6 +161,7 @@ def test_sets_of_the_same_name_are_told_apart():
         "x",
         "x (fine)",
     ]
+    assert list(names_of([LabelledSet("a/x"), LabelledSet("x")]).values()) == ["x", "x, up axis z"]
     with pytest.raises(
         ValueError, match="--up-axis has 2 values for 3 scored sets: give one, or one per set"
     ):

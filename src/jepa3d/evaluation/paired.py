@@ -66,14 +66,15 @@ class Vectors(NamedTuple):
 
 def names_of(sets: Sequence[LabelledSet]) -> dict[LabelledSet, str]:
     """Return a name for each data set: the name of its file, or its whole path if an earlier data
-    set already has that name. If the data set's labels key is not "labels", the name also contains
-    the key.
+    set already has that name, or its path and up axis if the path is taken too. If the data set's
+    labels key is not "labels", the name also contains the key.
     """
     names = {}
     for dataset in sets:
         key = "" if dataset.labels_key == "labels" else f" ({dataset.labels_key})"
-        name = f"{Path(dataset.source).stem}{key}"
-        names[dataset] = name if name not in names.values() else f"{dataset.source}{key}"
+        source, up = dataset.source, f"{dataset.source}, up axis {dataset.up_axis}"
+        free = (f"{name}{key}" for name in (Path(source).stem, source, up))
+        names[dataset] = next(name for name in free if name not in names.values())
     return names
 
 
