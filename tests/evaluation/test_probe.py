@@ -296,6 +296,12 @@ def test_a_source_s_validation_part_is_neither_train_nor_test():
     found = Labelled.of(source, "validation")
     assert found.test.points[:, 0, 0].tolist() == [30, 36]
     assert found.validation is None
+    # pretraining on train has not seen the source's own validation split
+    seen = {split: {"data": ["a/set"], "split": split} for split in ("train", "all")}
+    assert not probing.was_seen(seen["train"], "b/set", found)
+    assert probing.was_seen(seen["all"], "b/set", found)
+    found = Labelled.of(clouds([0, 1] * 8, np.repeat([0, 1], [12, 4])), "validation")
+    assert probing.was_seen(seen["train"], "b/set", found)
 
 
 def test_a_source_s_validation_part_chooses_layer_and_c():

@@ -270,7 +270,7 @@ def probe(
         },
         # This can be known only if the configs name the sources of the pretraining data. The config
         # of an encoder that is not a run names none; the value is then False.
-        "seen_in_pretraining": any(was_seen(c, data, part) for c in configs.values()),
+        "seen_in_pretraining": any(was_seen(c, data, shapes) for c in configs.values()),
         "pooling": pooling,
         "layer": by_rule if layer is None else layer,
         "selection": selection_rule(shapes, quick),
@@ -307,13 +307,16 @@ def _handcrafted(encoder: PointEncoder, subsets: list[PointClouds]) -> dict[str,
     return {name: [of(x)[None] for x in prepared] for name, (of, _) in descriptors.items()}
 
 
-def was_seen(config: dict, data: str, part: Part) -> bool:
+def was_seen(config: dict, data: str, shapes: Labelled) -> bool:
     """Return whether a run was pretrained on the scored shapes (without labels).
 
-    A source is recognised by its file name only.
+    data: the source of `shapes`. A source is recognised by its file name only.
     """
     same = Path(data).name in {Path(source).name for source in config["data"]}
-    return same and config["split"] in ("all", "test" if part == "test" else "train")
+    own = "test"
+    if shapes.part == "validation":
+        own = "val" if shapes.has_validation else "train"
+    return same and config["split"] in ("all", own)
 
 
 def _pretraining(run: Path, config: dict) -> dict:
