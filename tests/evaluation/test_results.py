@@ -183,6 +183,24 @@ def test_choose_decides_for_each_init_and_keeps_what_has_no_validation(make, tmp
     assert any("no validation metrics" in note and "last epoch" in note for note in notes)
 
 
+@pytest.mark.parametrize(
+    ("setting", "values", "words"),
+    [
+        ("layer_decay", (1.0, 0.5), ("all weights", "all weights, layer decay 0.5")),
+        (
+            "trained",
+            ("all", "head"),
+            ("all weights, layer decay 0.5", "head only, layer decay 0.5"),
+        ),
+    ],
+)
+def test_choose_of_a_setting_that_the_protocol_names(make, tmp_path, setting, values, words):
+    for i, (value, text) in enumerate(zip(values, words, strict=True)):
+        make(str(i), 90, 80.0 + i, protocol=f"fine-tuned, {text}", settings={setting: value})
+    (sheet,) = tables([tmp_path], setting)
+    assert column(sheet, setting) == [str(values[1])]
+
+
 def test_choose_of_an_unknown_setting_names_the_known(make):
     with pytest.raises(ValueError, match=r"--choose rate is not .*epochs, labels, lr"):
         tables([make("a")], "rate")
