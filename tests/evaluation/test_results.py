@@ -3,6 +3,7 @@ and state the rules.
 """
 
 import json
+import os
 from copy import deepcopy
 
 import pytest
@@ -441,6 +442,14 @@ def test_the_command_prints_and_writes_markdown(make, tmp_path, capsys):
     assert all(words in text for text in (printed, written) for words in ("[0.8, 1.2]", "94.49"))
     assert "| init | train | scale | seeds | overall_accuracy |" in written
     assert "Made by `" in written
+
+
+def test_a_path_that_is_not_utf_8_is_written_escaped(make, tmp_path):
+    make("a", init=os.fsdecode(b"runs/caf\xe9"))
+    with pytest.raises(SystemExit) as stop:
+        main(["results", str(tmp_path / "a"), "--out", str(tmp_path / "table.md")])
+    assert not stop.value.code
+    assert r"runs/caf\udce9 |" in (tmp_path / "table.md").read_text(encoding="utf-8")
 
 
 def test_published_tables_need_no_run(capsys):

@@ -186,6 +186,7 @@ def results(
     from jepa3d.evaluation.published import PUBLISHED, published_sheet
     from jepa3d.evaluation.results import tables
     from jepa3d.evaluation.tables import markdown, show
+    from jepa3d.plain import write_bytes
 
     if not runs and not published:
         raise ValueError(
@@ -197,7 +198,8 @@ def results(
     sheets += map(published_sheet, PUBLISHED.values()) if published else []
     show(sheets)
     if out is not None:
-        out.write_text(markdown(sheets, provenance()["command"]), encoding="utf-8")
+        text = markdown(sheets, provenance()["command"])
+        write_bytes(out, text.encode("utf-8", "backslashreplace"))
         print(f"written: {out}")
 
 

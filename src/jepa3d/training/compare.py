@@ -350,7 +350,8 @@ def compare(grid: Grid, sets: list[LabelledSet], part: Part, out: Path) -> list[
     sheets = comparison.sheets(rows, record)
     show(sheets)
     write_json(out / "compare.json", record)
-    write_bytes(out / "table.md", markdown(sheets, record["command"]).encode())
+    text = markdown(sheets, record["command"])
+    write_bytes(out / "table.md", text.encode("utf-8", "backslashreplace"))
     title = f"{grid.title}: difference from {grid.reference}, {part} split"
     draw_differences(rows, out / "compare.png", title)
     return rows
