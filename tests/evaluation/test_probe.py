@@ -3,7 +3,6 @@ missing classes.
 """
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -560,7 +559,8 @@ def test_an_encoder_by_itself_is_probed_beside_an_untrained_one_of_its_settings(
         main(["probe", name, "--data", shapes, "--protocols", "knn", "--up-axis", "y"])
     assert not ended.value.code
     assert sorted(folder.iterdir()) == before
-    result = json.loads((tmp_path / f"probe-shapes-{Path(name).name}-up-y-knn.json").read_text())
+    called = {"folder": "own", "run's folder": "mine", "default": "default"}[where]
+    result = json.loads((tmp_path / f"probe-shapes-{called}-up-y-knn.json").read_text())
     by_hand = ["histograms", "geometry"]
     assert [row["model"] for row in result["rows"]] == ["untrained", "pretrained", *by_hand]
     assert set(result["summary"]) == {"untrained", "pretrained", "gain", *by_hand}

@@ -105,9 +105,10 @@ def probe(
     special = [word for word in words if word not in usual]
     special += ["quick"] * quick + ["corruptions"] * corruptions + ["parts"] * parts
     # If RUNS is an encoder and not a run, the file is written to the current folder. So the default
-    # name of the file contains the encoder's name.
+    # name of the file contains the encoder's name: for the folder `encoder` of a run, the run's.
     if not (run := Run.is_at(runs[0])):
-        special.insert(0, runs[0].name)
+        model = runs[0].absolute()
+        special.insert(0, (model.parent if model.name == "encoder" else model).name)
     if out is None:
         name = "-".join(["probe", Path(data).stem.replace(":", "-"), *special])
         out = (runs[0] if run else Path()) / f"{name}.json"
