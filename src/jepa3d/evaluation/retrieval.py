@@ -36,6 +36,8 @@ from jepa3d.models.ready import load_any
 
 # the baseline "geometry" is standardised by its mean and std over at most this many train shapes
 _FITTED = 1024
+# rows of the baselines, here and in dense.py
+_BASELINES = ("untrained", "histograms", "geometry", "positions", "geometry and positions")
 _RESAMPLES = 2000  # number of resamples of the bootstrap
 # Largest number of similarities that are computed at once. As doubles, this many take 128 MiB, and
 # a few copies of them are made.
@@ -163,6 +165,13 @@ def retrieval(models: list[str], dataset: LabelledSet, part: str = "test") -> di
     return record | {"queries": len(kept), "results": rows} | provenance()
 
 
+def check_names(models: list[str]) -> None:
+    """Raise ValueError if a model is given by the name of a baseline, whose row it would share."""
+    if taken := set(models) & set(_BASELINES):
+        name = min(taken)
+        raise ValueError(f"{name}: a baseline has this name; give the full path of the folder")
+
+
 def queries_of(shapes: Labelled) -> np.ndarray:
     """Return the indices of the queries: the shapes of `shapes.test` that are not alone in their
     class. Raises ReadError if there are none.
@@ -187,6 +196,7 @@ def opened(
     `Labelled.of`). whole: read the shapes of an .npz bundle or a store with all of their points,
     and not only with as many points as the encoder sees.
     """
+    check_names(models)
     upright = dataset._replace(up_axis=dataset.up_axis.replace("none", "z"))
     for name in models:
         model = load_any(name)
