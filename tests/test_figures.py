@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from jepa3d import figures
+from jepa3d.evaluation.curve import Curve
 from jepa3d.figures import draw_contact_sheet
 
 RNG = np.random.default_rng(0)
@@ -55,6 +56,16 @@ def test_a_caption_keeps_its_cosine_and_few_lines(name, capfd):
     assert all(line.isprintable() for line in lines)
     sheet([RNG.normal(size=(50, 3))], [f"0.9312 {name}"])
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_curve_is_in_the_legend_under_any_name(monkeypatch):
+    figure = figures._new(4, 3)
+    monkeypatch.setattr(figures, "_new", lambda *size, **options: figure)
+    curve = Curve("_a$x$", [0], [0, 1], np.array([[0.0, 1]]), np.array([[50.0, 60]]))
+    figures.draw_learning_curves([curve], io.BytesIO(), "$x$")
+    (text,) = figure.axes[0].get_legend().get_texts()
+    assert text.get_text() == r" _a\$x\$ (1 seeds)"
+    assert figure.axes[0].get_title() == r"\$x\$"
 
 
 def test_a_query_and_ten_neighbours_are_a_hundred_kilobytes_at_most():

@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -321,6 +322,11 @@ def test_data_that_went_away_costs_a_picture_only(copied, bundle):
         text.startswith("Missing: /no/such/<file>.npz: no such file") for text in page.words["p"]
     )
     assert len(read(copied, data=bundle).pictures) == 3
+
+
+def test_a_run_whose_name_is_not_utf_8_has_a_report(copied):
+    run = copied.rename(copied.with_name(os.fsdecode(b"caf\xe9")))
+    assert r"<h1>caf\udce9 " in report(run).read_text(encoding="utf-8")
 
 
 def test_a_data_that_is_named_must_be_readable_and_the_old_report_stays(copied):

@@ -179,15 +179,14 @@ def draw_learning_curves(curves: list[Curve], path: Target, title: str) -> None:
     for curve in curves:
         minutes, accuracy = curve.minutes.mean(0), curve.accuracy.mean(0)
         seeds = len(curve.seeds)
-        label = f"{curve.name} ({seeds} seeds)"
+        label = _text(f"{curve.name} ({seeds} seeds)")
         (line,) = axes.plot(minutes, accuracy, marker=".", label=label)
         if seeds > 1:
             std = curve.accuracy.std(0, ddof=1)
             band = {"color": line.get_color(), "alpha": 0.15, "lw": 0}
             axes.fill_between(minutes, accuracy - std, accuracy + std, **band)
-    axes.set(
-        xlabel="CPU-minutes, including the training of teachers", ylabel="accuracy, %", title=title
-    )
+    words = "CPU-minutes, including the training of teachers"
+    axes.set(xlabel=words, ylabel="accuracy, %", title=_text(title))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path)

@@ -80,7 +80,8 @@ def report(
     html = page.document(
         folder.resolve().name, record["status"], TITLES.get(kind, f"Pretraining: {kind}"), parts
     )
-    write_bytes(out, html.encode())
+    # the name of a file may have bytes that are not UTF-8
+    write_bytes(out, html.encode("utf-8", "backslashreplace"))
     if figures_to:
         figures_to.mkdir(parents=True, exist_ok=True)
         for i, png in enumerate(page.pictures(html), 1):

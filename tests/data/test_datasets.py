@@ -332,6 +332,11 @@ def test_a_folder_mixes_kinds_of_files(tmp_path):
     assert found.split is None
 
 
+def test_a_name_that_is_not_utf_8_is_read(tmp_path):
+    write_clouds(tmp_path, os.fsdecode(b"caf\xe9/1.npy"), "dog/1.npy")
+    assert len(load([str(tmp_path)], 16)) == 2
+
+
 def test_sub_folders_are_classes_in_alphabetical_order(tmp_path):
     write_clouds(tmp_path, "cup/1.npy", "axe/1.npy", "cup/deep/2.npy", "bed/1.npy")
     found = load([str(tmp_path)], 16)

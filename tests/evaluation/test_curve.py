@@ -69,6 +69,8 @@ def test_scores_are_kept_and_those_of_other_data_are_not_used(runs, bundle, scor
     np.savez(other, **(arrays | {"points": arrays["points"] * [1, 1, 0.5]}))
     learning_curves(runs[:1], LabelledSet(str(other)), protocol="svc_linear")
     assert len(scored) == 6
+    learning_curves(runs[:1], LabelledSet(str(other), up_axis="y"), protocol="svc_linear")
+    assert len(scored) == 9
 
 
 def test_the_part_that_is_scored_has_scores_and_a_file_of_its_own(

@@ -104,6 +104,8 @@ def test_a_shape_without_a_figure_is_left_out_of_every_row():
     assert rows["b"].values == [45]
     assert rows["a"].difference.mean == 15
     assert rows["b"].difference is None
+    found["a"]["map"][:] = np.nan
+    assert {row.metric for row in rows_of("set", found, "b")} == {"logistic_10", "knn", "nearest"}
 
 
 def test_the_table_of_a_set_has_a_column_for_every_metric():
@@ -159,6 +161,7 @@ def test_sets_of_the_same_name_are_told_apart():
         "x",
         "x (fine)",
     ]
+    assert list(names_of([LabelledSet("a/x"), LabelledSet("x")]).values()) == ["x", "x, up axis z"]
     with pytest.raises(
         ValueError, match="--up-axis has 2 values for 3 scored sets: give one, or one per set"
     ):

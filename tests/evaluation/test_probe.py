@@ -3,7 +3,6 @@ missing classes.
 """
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -278,6 +277,15 @@ def test_classes_of_one_half_are_dropped_and_named(capsys):
     assert found.train.points[:, 0, 0].tolist() == [0, 6, 18]
 
 
+def test_a_report_json_of_the_user_s_own_is_not_read(tmp_path):
+    rng = np.random.default_rng(0)
+    for folder in ("train/cup", "train/axe", "test/cup", "test/axe"):
+        (tmp_path / folder).mkdir(parents=True)
+        np.save(tmp_path / folder / "1.npy", rng.normal(size=(40, 3)))
+    (tmp_path / "report.json").write_text("[1]")
+    assert LabelledSet(str(tmp_path)).read(16).layout is None
+
+
 def test_a_source_s_validation_part_is_neither_train_nor_test():
     source = clouds([0, 1, 0, 1, 0, 1, 0], np.array([0, 0, 0, 1, 1, 2, 2]))
     found = Labelled.of(source)
@@ -287,6 +295,12 @@ def test_a_source_s_validation_part_is_neither_train_nor_test():
     found = Labelled.of(source, "validation")
     assert found.test.points[:, 0, 0].tolist() == [30, 36]
     assert found.validation is None
+    # pretraining on train has not seen the source's own validation split
+    seen = {split: {"data": ["a/set"], "split": split} for split in ("train", "all")}
+    assert not probing.was_seen(seen["train"], "b/set", found)
+    assert probing.was_seen(seen["all"], "b/set", found)
+    found = Labelled.of(clouds([0, 1] * 8, np.repeat([0, 1], [12, 4])), "validation")
+    assert probing.was_seen(seen["train"], "b/set", found)
 
 
 def test_a_source_s_validation_part_chooses_layer_and_c():
@@ -343,6 +357,13 @@ def test_one_train_shape_a_class_is_refused_where_something_is_chosen(calls):
         with pytest.raises(ValueError, match=r"\Aevery class has only one train shape.*\Z"):
             run_protocol(protocol, x, y, x_test, y_test, [0, 1])
         assert run_protocol(protocol, x, y, x_test, y_test, [1], c=0.1)["accuracy"] > 30
+
+
+def test_a_class_of_one_shape_beside_one_other_class_is_probed(calls):
+    x, y, x_test, y_test = data((1.0, 2.0), train=8, classes=2)
+    keep = np.flatnonzero((y == 1) | (np.arange(8) == 0))
+    found = run_protocol("logistic_10", x[:, keep], y[keep], x_test, y_test, [0, 1])
+    assert found["accuracy"] > 30
 
 
 def row(run: str, model: str, accuracy: float) -> dict:
@@ -538,7 +559,8 @@ def test_an_encoder_by_itself_is_probed_beside_an_untrained_one_of_its_settings(
         main(["probe", name, "--data", shapes, "--protocols", "knn", "--up-axis", "y"])
     assert not ended.value.code
     assert sorted(folder.iterdir()) == before
-    result = json.loads((tmp_path / f"probe-shapes-{Path(name).name}-up-y-knn.json").read_text())
+    called = {"folder": "own", "run's folder": "mine", "default": "default"}[where]
+    result = json.loads((tmp_path / f"probe-shapes-{called}-up-y-knn.json").read_text())
     by_hand = ["histograms", "geometry"]
     assert [row["model"] for row in result["rows"]] == ["untrained", "pretrained", *by_hand]
     assert set(result["summary"]) == {"untrained", "pretrained", "gain", *by_hand}

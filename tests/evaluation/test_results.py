@@ -3,6 +3,7 @@ and state the rules.
 """
 
 import json
+import os
 from copy import deepcopy
 
 import pytest
@@ -181,6 +182,24 @@ def test_choose_decides_for_each_init_and_keeps_what_has_no_validation(make, tmp
     last = {("last epoch", "scratch", 0.001), ("last epoch", "scratch", 0.01)}
     assert kept == {("validation", "scratch", 0.001), ("validation", "jepa", 0.01)} | last
     assert any("no validation metrics" in note and "last epoch" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("setting", "values", "words"),
+    [
+        ("layer_decay", (1.0, 0.5), ("all weights", "all weights, layer decay 0.5")),
+        (
+            "trained",
+            ("all", "head"),
+            ("all weights, layer decay 0.5", "head only, layer decay 0.5"),
+        ),
+    ],
+)
+def test_choose_of_a_setting_that_the_protocol_names(make, tmp_path, setting, values, words):
+    for i, (value, text) in enumerate(zip(values, words, strict=True)):
+        make(str(i), 90, 80.0 + i, protocol=f"fine-tuned, {text}", settings={setting: value})
+    (sheet,) = tables([tmp_path], setting)
+    assert column(sheet, setting) == [str(values[1])]
 
 
 def test_choose_of_an_unknown_setting_names_the_known(make):
@@ -423,6 +442,14 @@ def test_the_command_prints_and_writes_markdown(make, tmp_path, capsys):
     assert all(words in text for text in (printed, written) for words in ("[0.8, 1.2]", "94.49"))
     assert "| init | train | scale | seeds | overall_accuracy |" in written
     assert "Made by `" in written
+
+
+def test_a_path_that_is_not_utf_8_is_written_escaped(make, tmp_path):
+    make("a", init=os.fsdecode(b"runs/caf\xe9"))
+    with pytest.raises(SystemExit) as stop:
+        main(["results", str(tmp_path / "a"), "--out", str(tmp_path / "table.md")])
+    assert not stop.value.code
+    assert r"runs/caf\udce9 |" in (tmp_path / "table.md").read_text(encoding="utf-8")
 
 
 def test_published_tables_need_no_run(capsys):

@@ -2,14 +2,18 @@
 
 import tracemalloc
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
+from jepa3d.data.cloud import ReadError
 from jepa3d.data.synthetic import make_shapes
 from jepa3d.evaluation import retrieval as module
+from jepa3d.evaluation.corrupted import corrupted
+from jepa3d.evaluation.dense import probe_parts
 from jepa3d.evaluation.descriptors import Descriptor, cosine, minus_l1
 from jepa3d.evaluation.labelled import LabelledSet
 from jepa3d.evaluation.retrieval import paired_interval, ranked, retrieval, search
@@ -122,6 +126,22 @@ def test_the_table_has_the_models_the_untrained_encoder_and_the_descriptors(
     assert perfect["histograms"]["first_minus_this"] == pytest.approx(
         100 - perfect["histograms"]["map"]
     )
+
+
+@pytest.mark.parametrize("score", [retrieval, probe_parts])
+def test_a_model_with_the_name_of_a_baseline_is_refused(encoder_and_data, score):
+    model, data = encoder_and_data
+    with pytest.raises(ValueError, match="untrained: a baseline has this name"):
+        score([model, "untrained"], LabelledSet(data))
+
+
+@pytest.mark.parametrize("score", [retrieval, partial(corrupted, "retrieval")])
+def test_data_without_two_shapes_of_a_class_to_search_are_refused(encoder_and_data, score):
+    model, data = encoder_and_data
+    arrays = dict(np.load(data))
+    np.savez(data, **arrays | {"split": 1 * (np.arange(120) < 8), "labels": np.arange(120) % 8})
+    with pytest.raises(ReadError, match=r"s\.npz: no class has two shapes"):
+        score([model], LabelledSet(data))
 
 
 def test_no_baseline_s_statistics_are_of_the_searched_part(encoder_and_data, monkeypatch):

@@ -105,9 +105,10 @@ def probe(
     special = [word for word in words if word not in usual]
     special += ["quick"] * quick + ["corruptions"] * corruptions + ["parts"] * parts
     # If RUNS is an encoder and not a run, the file is written to the current folder. So the default
-    # name of the file contains the encoder's name.
+    # name of the file contains the encoder's name: for the folder `encoder` of a run, the run's.
     if not (run := Run.is_at(runs[0])):
-        special.insert(0, runs[0].name)
+        model = runs[0].absolute()
+        special.insert(0, (model.parent if model.name == "encoder" else model).name)
     if out is None:
         # a folder has no suffix: scans.v1 and scans.v2 are two sets
         source = Path(data).name if Path(data).is_dir() else Path(data).stem
@@ -188,6 +189,7 @@ def results(
     from jepa3d.evaluation.published import PUBLISHED, published_sheet
     from jepa3d.evaluation.results import tables
     from jepa3d.evaluation.tables import markdown, show
+    from jepa3d.plain import write_bytes
 
     if not runs and not published:
         raise ValueError(
@@ -199,7 +201,8 @@ def results(
     sheets += map(published_sheet, PUBLISHED.values()) if published else []
     show(sheets)
     if out is not None:
-        out.write_text(markdown(sheets, provenance()["command"]), encoding="utf-8")
+        text = markdown(sheets, provenance()["command"])
+        write_bytes(out, text.encode("utf-8", "backslashreplace"))
         print(f"written: {out}")
 
 

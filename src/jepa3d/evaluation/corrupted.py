@@ -18,7 +18,7 @@ from jepa3d.evaluation.labelled import LabelledSet
 from jepa3d.evaluation.paired import Score, classifying, searching
 from jepa3d.evaluation.probe import QUICK_C
 from jepa3d.evaluation.protocol import provenance
-from jepa3d.evaluation.retrieval import data_record, opened
+from jepa3d.evaluation.retrieval import data_record, opened, queries_of
 from jepa3d.evaluation.tables import Sheet
 
 # At most this many shapes are corrupted. A kind of corruption with five severities is scored on
@@ -54,9 +54,8 @@ def corrupted(
     }
     for encoder, descriptors, shapes in opened(models, dataset, part, whole=True):
         train, clouds, labels = shapes.train, shapes.test, shapes.y_test
-        queries = np.arange(len(labels))
-        if searches:  # for a shape that is alone in its class, there is no shape to retrieve
-            queries = queries[np.bincount(labels)[labels] > 1]
+        # for a shape that is alone in its class, there is no shape to retrieve
+        queries = queries_of(shapes) if searches else np.arange(len(labels))
         queries = np.sort(np.random.default_rng(0).permutation(queries)[:QUERIES])
         clean = encoder.prepare((clouds if searches else train).points[:])
         scores: dict[str, Score] = {}

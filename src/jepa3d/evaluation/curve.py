@@ -103,11 +103,13 @@ def _points(
 ) -> dict[int, list[float]]:
     """Return step -> [CPU-minutes, accuracy] for each snapshot of a run.
 
-    Scores are read from `file` if it was written for the same data, protocol and selection rule
-    (`selection_rule` in probe.py). Scores that are not in the file are computed and written to it.
+    Scores are read from `file` if it was written for the same data (`Labelled.key` in labelled.py),
+    protocol and selection rule (`selection_rule` in probe.py). Scores that are not in the file are
+    computed and written to it.
     """
     cost, rule = run.record["cost"], selection_rule(shapes)
-    kept = {"fingerprint": shapes.fingerprint, "protocol": protocol, "selection": rule}
+    kept = {"fingerprint": shapes.fingerprint, "key": shapes.key}
+    kept |= {"protocol": protocol, "selection": rule}
     saved = read_checked(file) if file.exists() else {}
     known = saved["points"] if kept.items() <= saved.items() else {}
     stage_one, lines = cost["stage1_cpu_seconds"], [*run.metrics, cost]

@@ -31,7 +31,7 @@ from jepa3d.evaluation.features import untrained_like
 from jepa3d.evaluation.labelled import LabelledSet, Part, fifth
 from jepa3d.evaluation.partseg import mean_iou, shape_iou
 from jepa3d.evaluation.protocol import provenance
-from jepa3d.evaluation.retrieval import compared, compared_cells
+from jepa3d.evaluation.retrieval import check_names, compared, compared_cells
 from jepa3d.evaluation.tables import Sheet
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.heads import thirds
@@ -63,6 +63,7 @@ def probe_parts(models: list[str], dataset: LabelledSet, part: Part = "test") ->
     instance mIoU is higher, with an interval. Raises ValueError or ReadError if a model or the data
     cannot be used.
     """
+    check_names(models)
     found: dict[str, dict[str, Any]] = {}
     record: dict[str, Any] = {}
     iou: dict[str, np.ndarray] = {}

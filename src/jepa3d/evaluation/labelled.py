@@ -3,7 +3,6 @@ common, sample a fraction of the labels, and make a validation split.
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -20,7 +19,7 @@ from jepa3d.data.entries import lacking
 from jepa3d.data.store import SPLITS
 from jepa3d.evaluation.partseg import category_parts
 from jepa3d.frame import FRAME
-from jepa3d.plain import log
+from jepa3d.plain import log, read_checked
 
 Part = Literal["test", "validation"]  # the split that is scored
 _TRAIN, _TEST, _VALIDATION = range(len(SPLITS))
@@ -43,8 +42,9 @@ class LabelledSet(NamedTuple):
         source, key, axis = self
         clouds = load([source], num_points, "all", [axis], key, parts=parts)
         report, layout = Path(source) / "report.json", None
-        if report.is_file():
-            layout = json.loads(report.read_text()).get("layout")
+        # any other folder may have a file of this name too
+        if (Path(source) / "store.json").is_file() and report.is_file():
+            layout = read_checked(report).get("layout")
         known = [clouds.fingerprint, key, axis, num_points, part, FRAME]
         known.append(version("jepa3d"))
         found = Labelled.of(clouds, part)

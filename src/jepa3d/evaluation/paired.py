@@ -66,14 +66,15 @@ class Vectors(NamedTuple):
 
 def names_of(sets: Sequence[LabelledSet]) -> dict[LabelledSet, str]:
     """Return a name for each data set: the name of its file, or its whole path if an earlier data
-    set already has that name. If the data set's labels key is not "labels", the name also contains
-    the key.
+    set already has that name, or its path and up axis if the path is taken too. If the data set's
+    labels key is not "labels", the name also contains the key.
     """
     names = {}
     for dataset in sets:
         key = "" if dataset.labels_key == "labels" else f" ({dataset.labels_key})"
-        name = f"{Path(dataset.source).stem}{key}"
-        names[dataset] = name if name not in names.values() else f"{dataset.source}{key}"
+        source, up = dataset.source, f"{dataset.source}, up axis {dataset.up_axis}"
+        free = (f"{name}{key}" for name in (Path(source).stem, source, up))
+        names[dataset] = next(name for name in free if name not in names.values())
     return names
 
 
@@ -241,7 +242,7 @@ def rows_of(data: str, found: dict[str, Outcomes], reference: str) -> list[Row]:
 
     found: name of an arm or baseline -> its outcomes. reference: name of the reference arm. A shape
     that is alone in its class has the score NaN under some metrics. Such a shape is left out of
-    all rows of these metrics.
+    all rows of these metrics. If that leaves no shape, there are no rows of these metrics.
     """
     rows = []
     for metric in METRICS:
@@ -249,6 +250,8 @@ def rows_of(data: str, found: dict[str, Outcomes], reference: str) -> list[Row]:
         if not tables:
             continue
         kept = np.isfinite(np.concatenate([*tables.values()])).all(0)
+        if not kept.any():
+            continue
         tables = {name: table[:, kept] for name, table in tables.items()}
         for name, table in tables.items():
             compared = name != reference and reference in tables

@@ -165,7 +165,8 @@ def _validation(
 
 def _folds(labels: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Split labels into five folds, or fewer if no class has five labels; returns pairs (rows to
-    fit, rows to score). Raises ValueError if no class has two labels.
+    fit, rows to score). A fold that leaves only one class to fit is left out. Raises ValueError if
+    no class has two labels.
     """
     check_pairs(labels)
     number = min(5, np.bincount(labels).max())
@@ -173,7 +174,8 @@ def _folds(labels: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]
         # scikit-learn warns if the smallest class has fewer labels than there are folds
         warnings.simplefilter("ignore", UserWarning)
         folds = StratifiedKFold(number, shuffle=True, random_state=seed)
-        return list(folds.split(labels, labels))
+        pairs = list(folds.split(labels, labels))
+    return [(fit, held) for fit, held in pairs if len(np.unique(labels[fit])) > 1]
 
 
 def few_labels(y: np.ndarray, seed: int) -> list[np.ndarray]:
@@ -268,7 +270,7 @@ def probe(
         },
         # This can be known only if the configs name the sources of the pretraining data. The config
         # of an encoder that is not a run names none; the value is then False.
-        "seen_in_pretraining": any(was_seen(c, data, part) for c in configs.values()),
+        "seen_in_pretraining": any(was_seen(c, data, shapes) for c in configs.values()),
         "pooling": pooling,
         "layer": by_rule if layer is None else layer,
         "selection": selection_rule(shapes, quick),
@@ -305,13 +307,16 @@ def _handcrafted(encoder: PointEncoder, subsets: list[PointClouds]) -> dict[str,
     return {name: [of(x)[None] for x in prepared] for name, (of, _) in descriptors.items()}
 
 
-def was_seen(config: dict, data: str, part: Part) -> bool:
+def was_seen(config: dict, data: str, shapes: Labelled) -> bool:
     """Return whether a run was pretrained on the scored shapes (without labels).
 
-    A source is recognised by its file name only.
+    data: the source of `shapes`. A source is recognised by its file name only.
     """
     same = Path(data).name in {Path(source).name for source in config["data"]}
-    return same and config["split"] in ("all", "test" if part == "test" else "train")
+    own = "test"
+    if shapes.part == "validation":
+        own = "val" if shapes.has_validation else "train"
+    return same and config["split"] in ("all", own)
 
 
 def _pretraining(run: Path, config: dict) -> dict:

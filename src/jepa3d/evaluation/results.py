@@ -5,6 +5,7 @@ validation metric.
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -29,6 +30,11 @@ CHOSEN_BY = {  # task -> the metric by which an epoch or a setting is chosen
     "classify": "overall_accuracy",
     "fewshot": "overall_accuracy",
     "segment": "instance_miou",
+}
+# setting -> the words for it in the name of a protocol (`protocol_name` in training/finetune.py)
+_IN_PROTOCOL = {
+    "trained": ", (all weights|head only|head first)",
+    "layer_decay": ", layer decay .*",
 }
 # The content of a results.json, and two more entries: "folder", the run's folder, and "origin", a
 # key for the encoder that the run started from (see `_origin`).
@@ -92,7 +98,9 @@ class Arm(NamedTuple):
         """
         result = self.result
         settings = {name: value for name, value in result["settings"].items() if name != without}
-        known = [result[name] for name in ("protocol", "selection", "votes")]
+        # the pattern (?!) matches nothing
+        protocol = re.sub(_IN_PROTOCOL.get(without or "", "(?!)"), "", result["protocol"])
+        known = [protocol, result["selection"], result["votes"]]
         known += [result["data"].get(name) for name in ("labels", "train")]
         known += [self.measured_on(), settings, self.init if init else None]
         return json.dumps(known, sort_keys=True)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from jepa3d.data.arrays import npz_headers
+from jepa3d.data.cloud import ReadError
 from jepa3d.data.store import Store
 from jepa3d.evaluation.descriptors import Descriptor, baselines, cosine
 from jepa3d.evaluation.features import untrained_like
@@ -35,6 +36,8 @@ from jepa3d.models.ready import load_any
 
 # the baseline "geometry" is standardised by its mean and std over at most this many train shapes
 _FITTED = 1024
+# rows of the baselines, here and in dense.py
+_BASELINES = ("untrained", "histograms", "geometry", "positions", "geometry and positions")
 _RESAMPLES = 2000  # number of resamples of the bootstrap
 # Largest number of similarities that are computed at once. As doubles, this many take 128 MiB, and
 # a few copies of them are made.
@@ -145,20 +148,39 @@ def retrieval(models: list[str], dataset: LabelledSet, part: str = "test") -> di
     """
     scores: dict[str, np.ndarray] = {}
     record: dict[str, Any] = {}
+    kept = np.arange(0)
     for encoder, descriptors, shapes in opened(models, dataset, part):
+        kept = queries_of(shapes)
         points, labels = encoder.prepare(shapes.test.points[:]), shapes.y_test
         for name, (of, likeness) in descriptors.items():
             vectors = of(points)
             found = search(likeness, vectors, vectors, labels, np.arange(len(labels)))
             scores[name] = 100 * found
         record = data_record("retrieval", shapes, dataset, part)
-    kept = np.isfinite(scores[models[0]][1])
     gains = compared({name: average[kept] for name, (_, average) in scores.items()})
     rows = {}
     for name, values in scores.items():
         nearest, average = values[:, kept].mean(1).tolist()
         rows[name] = {"map": average, "nearest": nearest} | gains[name]
-    return record | {"queries": int(kept.sum()), "results": rows} | provenance()
+    return record | {"queries": len(kept), "results": rows} | provenance()
+
+
+def check_names(models: list[str]) -> None:
+    """Raise ValueError if a model is given by the name of a baseline, whose row it would share."""
+    if taken := set(models) & set(_BASELINES):
+        name = min(taken)
+        raise ValueError(f"{name}: a baseline has this name; give the full path of the folder")
+
+
+def queries_of(shapes: Labelled) -> np.ndarray:
+    """Return the indices of the queries: the shapes of `shapes.test` that are not alone in their
+    class. Raises ReadError if there are none.
+    """
+    queries = np.flatnonzero(np.bincount(shapes.y_test)[shapes.y_test] > 1)
+    if not len(queries):
+        found = "no class has two shapes in the split that is searched"
+        raise ReadError(f"{shapes.name}: {found}, so there is nothing to find")
+    return queries
 
 
 def opened(
@@ -174,6 +196,7 @@ def opened(
     `Labelled.of`). whole: read the shapes of an .npz bundle or a store with all of their points,
     and not only with as many points as the encoder sees.
     """
+    check_names(models)
     upright = dataset._replace(up_axis=dataset.up_axis.replace("none", "z"))
     for name in models:
         model = load_any(name)

@@ -153,12 +153,13 @@ class Comparison:
             rule = "the epoch is chosen on a fifth of the labelled shapes; the row 'untrained' is trained from scratch"
             notes.append(f"fine-tuned, as by jepa3d classify: {how}, {rule}")
         for dataset, name in self.names.items():
-            rule = selection_rule(self._read(dataset, grid.reference), quick=True)
+            shapes = self._read(dataset, grid.reference)
+            rule = selection_rule(shapes, quick=True)
             notes.append(f"{name}: selection {rule}")
             seen = [
                 arm
                 for arm, config in grid.arms.items()
-                if was_seen(to_dict(config), dataset.source, self.part)
+                if was_seen(to_dict(config), dataset.source, shapes)
             ]
             if seen:
                 what = "scored shapes were also used unlabelled in pretraining"
@@ -351,7 +352,8 @@ def compare(grid: Grid, sets: list[LabelledSet], part: Part, out: Path) -> list[
     sheets = comparison.sheets(rows, record)
     show(sheets)
     write_json(out / "compare.json", record)
-    write_bytes(out / "table.md", markdown(sheets, record["command"]).encode())
+    text = markdown(sheets, record["command"])
+    write_bytes(out / "table.md", text.encode("utf-8", "backslashreplace"))
     title = f"{grid.title}: difference from {grid.reference}, {part} split"
     draw_differences(rows, out / "compare.png", title)
     return rows
