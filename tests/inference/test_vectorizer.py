@@ -50,7 +50,7 @@ def test_parameters_are_kept_as_given_and_looked_at_by_fit(tmp_path):
 
 
 def test_a_cloud_that_cannot_be_used_is_a_row_of_nan():
-    with pytest.warns(UserWarning, match="cloud 1: has NaN coordinates"):
+    with pytest.warns(UserWarning, match="cloud 1: has NaN or infinite coordinates"):
         vectors = CloudVectorizer().fit_transform([CLOUD, np.where(CLOUD > 1, np.nan, CLOUD)])
     assert np.isfinite(vectors).all(1).tolist() == [True, False]
 

@@ -126,7 +126,7 @@ def _whole_cloud(points: np.ndarray | Tensor) -> PointCloud:
     """
     cloud = PointCloud.make(as_array(points))
     if cloud.unseen:
-        raise ReadError("has NaN coordinates")
+        raise ReadError("has NaN or infinite coordinates")
     return cloud
 
 
