@@ -198,7 +198,8 @@ class Cells:
     """
 
     def __init__(self, path: Path, grid: Grid, coords: np.ndarray, counts: np.ndarray):
-        self.grid, self.coords, self.counts = grid, coords, counts  # coords [n, 3], counts [n]
+        # coords [n, 3], counts [n]
+        self.grid, self.coords, self.counts = grid, coords, counts
         self.keys = grid.keys(coords)
         self.starts = np.cumsum(counts) - counts
         self._file = path.open("rb", buffering=0)

@@ -47,7 +47,8 @@ FORMAT = "jepa3d-vectors-1"
 # group at a time, so many small row groups would make it slow.
 ROWS = 8192
 
-ReadGroup = Callable[[list[str] | None], pa.Table]  # reads some or all columns of a row group
+# a function that reads some or all columns of a row group
+ReadGroup = Callable[[list[str] | None], pa.Table]
 
 
 def vector_type(embed_dim: int, dtype: str = "float32") -> pa.DataType:
