@@ -115,7 +115,8 @@ def _without(hits: list[Hit], path: str | None) -> list[Hit]:
 
 def _real(path: str) -> str:
     """Resolve the links in an address, even if FILE in FILE#PART is a link itself."""
-    ends = [len(path), *(match.start() for match in reversed([*re.finditer("#", path)]))]
+    signs = [match.start() for match in re.finditer("#", path)]
+    ends = [len(path), *reversed(signs)]
     end = next((end for end in ends if os.path.exists(path[:end])), len(path))
     return os.path.realpath(path[:end]) + path[end:]
 
