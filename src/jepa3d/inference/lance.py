@@ -149,7 +149,9 @@ def _reader(vectors: Vectors) -> Iterator[pa.RecordBatchReader]:
 
     def batches() -> Iterator[pa.RecordBatch]:
         try:
-            yield from _batches(vectors, kind)
+            for batch in vectors.batches():
+                nonzero = np.linalg.norm(to_numpy(batch["vector"]), axis=1) > 0
+                yield from batch.filter(pa.array(nonzero)).cast(kind).to_batches()
         except ReadError as error:
             damage.append(error)
             raise
@@ -158,13 +160,6 @@ def _reader(vectors: Vectors) -> Iterator[pa.RecordBatchReader]:
         yield pa.RecordBatchReader.from_batches(kind, batches())
     except RuntimeError as error:
         raise (damage or [error])[0] from None
-
-
-def _batches(vectors: Vectors, kind: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """Yield the rows whose vectors are not zero, with the columns of `kind`."""
-    for batch in vectors.batches():
-        nonzero = np.linalg.norm(to_numpy(batch["vector"]), axis=1) > 0
-        yield from batch.filter(pa.array(nonzero)).cast(kind).to_batches()
 
 
 def _connect(path: Path) -> Any:
