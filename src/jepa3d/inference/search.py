@@ -17,6 +17,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -277,10 +278,8 @@ def _copied(vectors: Vectors) -> list[pa.RecordBatch] | None:
     return None.
     """
     file, stamp = copy_of(vectors.path), _stamp(vectors.files)
-    try:
+    with suppress(OSError, ValueError):
         return _open(file, stamp)
-    except (OSError, ValueError):
-        pass
     try:
         with writing(file):
             _write(vectors, file, stamp)
