@@ -135,9 +135,8 @@ def _share_files(out: Path, share: str) -> tuple[dict[int, Path], int]:
             raise ValueError(f"{file}: not written by embed; choose another --out")
         begun.add(int(part[1]))
     if len(begun) > 1:
-        raise ValueError(
-            f"--share {share}: {out} has {min(begun - {shares})} shares, so give that number after the /"
-        )
+        found = f"{out} has {min(begun - {shares})} shares"
+        raise ValueError(f"--share {share}: {found}, so give that number after the /")
     total = min(begun, default=1)
     # Without --share, this call computes all shares of the folder, one after another.
     numbers = [number] if shares > 1 else range(1, total + 1)

@@ -142,7 +142,8 @@ def _propose(
     default = min(40, max(2, round((len(x) / 2) ** 0.5)))
     count = default if clusters is None else clusters
     if not 2 <= count <= len(x):
-        raise ValueError(f"--clusters {count}: give 2 to {len(x):,} (the number of clouds)")
+        allowed = f"2 to {len(x):,} (the number of clouds)"
+        raise ValueError(f"--clusters {count}: give {allowed}")
     # for each cluster: its size, and the paths of the clouds nearest to its centre
     found = cluster(x, count)
     groups = [(len(rows), [paths[i] for i in rows[:SHOWN]]) for rows in found]

@@ -116,7 +116,8 @@ def create_or_update(vectors: Vectors, path: Path) -> tuple[int, int]:
     is not a store, or if the vectors are damaged.
     """
     if path.suffix != ".lancedb":
-        raise ValueError(f"{path}: a LanceDB store is a folder whose name ends in .lancedb")
+        expected = "a folder whose name ends in .lancedb"
+        raise ValueError(f"{path}: a LanceDB store is {expected}")
     table = path / f"{_TABLE}.lance"
     # If the command that made the store was killed, the table may have no finished transaction. The
     # table is then made again.

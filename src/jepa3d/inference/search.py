@@ -95,7 +95,8 @@ def search(
     number = k + (exclude is not None)
     if isinstance(vectors, Vectors):
         if probes:
-            raise ValueError(f"--probes {probes}: needs a database of jepa3d index --ann")
+            needed = "a database of jepa3d index --ann"
+            raise ValueError(f"--probes {probes}: needs {needed}")
         found = _search_files(vectors, directions, number, conditions)
     else:
         found = [vectors.search(x, number, conditions, probes) for x in directions]
@@ -319,7 +320,8 @@ def _write(vectors: Vectors, file: Path, stamp: str) -> None:
     ValueError if they change meanwhile.
     """
     size = len(vectors) * vectors.spec.embed_dim * 6 / 1e6
-    log.warning(f"making {file}, a copy of the index for quick searches ({size:,.0f} MB)")
+    made = f"a copy of the index for quick searches ({size:,.0f} MB)"
+    log.warning(f"making {file}, {made}")
     width = vectors.spec.embed_dim
     types = pa.float32(), pa.list_(pa.float16(), width)
     base = pa.schema(map(schema(vectors.spec).field, _COPIED))

@@ -107,7 +107,8 @@ class Vectors:
         inside = sorted(self.path.glob("*.parquet"))
         self.files = inside if self.path.is_dir() else [self.path]
         if not self.files:
-            raise ReadError(f"{path}: holds no .parquet file; make one with jepa3d embed")
+            hint = "make one with jepa3d embed"
+            raise ReadError(f"{path}: holds no .parquet file; {hint}")
         self.spec = _read_spec(self.files[0])
         for file in self.files[1:]:
             self.spec.check(_read_spec(file), file)
