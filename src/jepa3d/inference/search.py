@@ -198,8 +198,7 @@ def _directions(queries: np.ndarray, embed_dim: int) -> np.ndarray:
     Raises ValueError if a query is zero or not finite, or if its width is not `embed_dim`.
     """
     queries = np.atleast_2d(np.asarray(queries, np.float64))
-    if queries.shape[-1] != embed_dim:
-        width = queries.shape[-1]
+    if (width := queries.shape[-1]) != embed_dim:
         raise ValueError(f"a query has {width} numbers, the vectors have {embed_dim}")
     length = np.linalg.norm(queries, axis=-1, keepdims=True)
     if not (np.isfinite(length).all() and (length > 0).all()):
