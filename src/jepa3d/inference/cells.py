@@ -181,8 +181,9 @@ def grid_for(
         extent = " x ".join(f"{size:.6g}" for size in high - low)
         small = f"too small for a scene of {extent}"
         if tile is None:
-            chosen = f"tiles of {grid.tile:g}, chosen by the number of points, are {small}"
-            raise ValueError(f"{chosen}: remove points far from all others, or give --tile")
+            chosen = f"tiles of {grid.tile:g}, chosen by the number of points"
+            hint = "remove points far from all others, or give --tile"
+            raise ValueError(f"{chosen}, are {small}: {hint}")
         raise ValueError(f"--tile {tile:g}: {small}")
     few = median_count(grid, sample) * total / len(sample) < encoder.min_points
     if few and tile is not None:
@@ -198,7 +199,8 @@ class Cells:
     """
 
     def __init__(self, path: Path, grid: Grid, coords: np.ndarray, counts: np.ndarray):
-        self.grid, self.coords, self.counts = grid, coords, counts  # coords [n, 3], counts [n]
+        # coords [n, 3], counts [n]
+        self.grid, self.coords, self.counts = grid, coords, counts
         self.keys = grid.keys(coords)
         self.starts = np.cumsum(counts) - counts
         self._file = path.open("rb", buffering=0)

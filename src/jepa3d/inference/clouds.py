@@ -18,7 +18,7 @@ from jepa3d.data.entries import Entry
 from jepa3d.data.errors import because
 from jepa3d.data.io import read
 from jepa3d.data.sources import discover
-from jepa3d.data.store import Store, hash64
+from jepa3d.data.store import Store, hash64, key_hash
 from jepa3d.plain import log
 
 # Suffix of a type of file that can hold many clouds -> regular expression of the text that selects
@@ -186,7 +186,8 @@ def _stamp(address: Address) -> int:
     `_stored_stamp`. For any other cloud, the number is a hash of the size and modification time of
     the cloud's file.
     """
-    if address.in_store and (row := _row_of(address.file, str(address.part))) is not None:
+    row = _row_of(address.file, str(address.part)) if address.in_store else None
+    if row is not None:
         return _stored_stamp(_store(address.file)[0], row)
     try:
         status = os.stat(address.file)
@@ -245,8 +246,8 @@ def is_store(path: str) -> bool:
 def _row_of(path: str, key: str) -> int | None:
     """Return the row of a key in the store at `path`, or None if the store has no such key."""
     _, hashes, order = _store(path)
-    wanted = hash64(key.encode("utf-8", "surrogateescape"))
-    at = int(np.searchsorted(hashes, np.uint64(wanted)))
+    wanted = np.uint64(key_hash(key))
+    at = int(np.searchsorted(hashes, wanted))
     return int(order[at]) if at < len(order) and hashes[at] == wanted else None
 
 

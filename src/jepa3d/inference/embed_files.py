@@ -135,9 +135,8 @@ def _share_files(out: Path, share: str) -> tuple[dict[int, Path], int]:
             raise ValueError(f"{file}: not written by embed; choose another --out")
         begun.add(int(part[1]))
     if len(begun) > 1:
-        raise ValueError(
-            f"--share {share}: {out} has {min(begun - {shares})} shares, so give that number after the /"
-        )
+        found = f"{out} has {min(begun - {shares})} shares"
+        raise ValueError(f"--share {share}: {found}, so give that number after the /")
     total = min(begun, default=1)
     # Without --share, this call computes all shares of the folder, one after another.
     numbers = [number] if shares > 1 else range(1, total + 1)
@@ -160,17 +159,16 @@ def _collect(
     ten times as long as the first of the two took. The write at the end does not wait.
     """
     rows: list[tuple] = []
-    last, cost = time.monotonic(), 0.0
+    due = time.monotonic() + COMMIT_SECONDS
 
-    def commit() -> None:
-        nonlocal last, cost
+    def commit() -> float:
         begun = time.monotonic()
         if rows or gone:
             update(file, table(spec, rows), gone)
             rows.clear()
             gone.clear()
-        last = time.monotonic()
-        cost = last - begun
+        ended = time.monotonic()
+        return ended + max(COMMIT_SECONDS, 10 * (ended - begun))
 
     try:
         for item, result in results:
@@ -184,8 +182,8 @@ def _collect(
             rows.append(as_row(item, result))
             counts["changed" if item.path in known else "new"] += 1
             counts["unseen"] += result.unseen
-            if time.monotonic() - last > max(COMMIT_SECONDS, 10 * cost):
-                commit()
+            if time.monotonic() > due:
+                due = commit()
     except KeyboardInterrupt:
         done = f"stopped after {counts['new'] + counts['changed']:,} new vectors, which are saved"
         raise KeyboardInterrupt(f"{done}; repeat the command to continue") from None

@@ -36,9 +36,12 @@ class Seen(NamedTuple):
     """A cloud as it was read, and as the encoder receives it."""
 
     read: PointCloud  # as it was read
-    cloud: PointCloud  # equal to `read`; if `read` is a mesh, points sampled from the mesh
-    points: np.ndarray  # [N, 3], the points of `cloud`, rotated to z-up unless `up_axis` is "none"
-    frame: Frame  # the encoder's input, and the mapping of points to the encoder's coordinates
+    # equal to `read`; if `read` is a mesh, points sampled from the mesh
+    cloud: PointCloud
+    # [N, 3], the points of `cloud`, rotated to z-up unless `up_axis` is "none"
+    points: np.ndarray
+    # the encoder's input, and the mapping of points to the encoder's coordinates
+    frame: Frame
 
 
 class Embedded(NamedTuple):
@@ -46,7 +49,8 @@ class Embedded(NamedTuple):
 
     # [E]; until the cloud is encoded, this field holds the encoder's input [num_points, 3]
     vector: np.ndarray
-    num_points: int  # number of points of the cloud that was read, or of vertices of the mesh
+    # number of points of the cloud that was read, or of vertices of the mesh
+    num_points: int
     unseen: int  # number of further points, left out because they have NaN coordinates
     remarks: list[str]  # lines for the user, such as how many points were left out
 

@@ -46,7 +46,8 @@ from jepa3d.plain import log, printable, write_bytes, write_csv
 from jepa3d.training.checkpoint import replace_folder
 
 SHOWN = 6  # clouds shown per cluster
-FALSE_ALARMS = 0.05  # about this share of the clouds of named classes is wrongly called unknown
+# About this share of the clouds of named classes is wrongly called unknown.
+FALSE_ALARMS = 0.05
 # The threshold needs at least this many named clouds. With 19 named clouds, the chance that a new
 # cloud of their classes has a lower cosine than all of them is 1 in 20, which is FALSE_ALARMS. With
 # fewer named clouds, even the lowest of their cosines would give more false alarms.
@@ -141,7 +142,8 @@ def _propose(
     default = min(40, max(2, round((len(x) / 2) ** 0.5)))
     count = default if clusters is None else clusters
     if not 2 <= count <= len(x):
-        raise ValueError(f"--clusters {count}: give 2 to {len(x):,} (the number of clouds)")
+        allowed = f"2 to {len(x):,} (the number of clouds)"
+        raise ValueError(f"--clusters {count}: give {allowed}")
     # for each cluster: its size, and the paths of the clouds nearest to its centre
     found = cluster(x, count)
     groups = [(len(rows), [paths[i] for i in rows[:SHOWN]]) for rows in found]
@@ -171,7 +173,8 @@ def cluster(x: np.ndarray, count: int) -> Iterator[np.ndarray]:
     """
     unit = unit_length(x)
     with one_thread(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # sklearn's, about equal vectors
+        # sklearn warns of equal vectors
+        warnings.simplefilter("ignore", ConvergenceWarning)
         means = KMeans(count, n_init=4, random_state=_SEED).fit(unit)
     distance = np.linalg.norm(unit - means.cluster_centers_[means.labels_], axis=1)
     sizes = np.bincount(means.labels_)

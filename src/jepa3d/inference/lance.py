@@ -116,7 +116,8 @@ def create_or_update(vectors: Vectors, path: Path) -> tuple[int, int]:
     is not a store, or if the vectors are damaged.
     """
     if path.suffix != ".lancedb":
-        raise ValueError(f"{path}: a LanceDB store is a folder whose name ends in .lancedb")
+        expected = "a folder whose name ends in .lancedb"
+        raise ValueError(f"{path}: a LanceDB store is {expected}")
     table = path / f"{_TABLE}.lance"
     # If the command that made the store was killed, the table may have no finished transaction. The
     # table is then made again.
@@ -149,7 +150,9 @@ def _reader(vectors: Vectors) -> Iterator[pa.RecordBatchReader]:
 
     def batches() -> Iterator[pa.RecordBatch]:
         try:
-            yield from _batches(vectors, kind)
+            for batch in vectors.batches():
+                nonzero = np.linalg.norm(to_numpy(batch["vector"]), axis=1) > 0
+                yield from batch.filter(pa.array(nonzero)).cast(kind).to_batches()
         except ReadError as error:
             damage.append(error)
             raise
@@ -158,13 +161,6 @@ def _reader(vectors: Vectors) -> Iterator[pa.RecordBatchReader]:
         yield pa.RecordBatchReader.from_batches(kind, batches())
     except RuntimeError as error:
         raise (damage or [error])[0] from None
-
-
-def _batches(vectors: Vectors, kind: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """Yield the rows whose vectors are not zero, with the columns of `kind`."""
-    for batch in vectors.batches():
-        nonzero = np.linalg.norm(to_numpy(batch["vector"]), axis=1) > 0
-        yield from batch.filter(pa.array(nonzero)).cast(kind).to_batches()
 
 
 def _connect(path: Path) -> Any:

@@ -73,7 +73,8 @@ def write_las(scan: Path, colors: Path, out: Path, box: np.ndarray, bar: tqdm) -
         header = laspy.LasHeader(version="1.4", point_format=7)
         header.offsets = np.floor(box[0])
         fine = 10 ** np.floor(np.log10((box[1] - box[0]).max()) - 6)
-        coarse = 10 ** np.ceil(np.log10((box[1] - header.offsets).max()) - np.log10(2e9))
+        largest = (box[1] - header.offsets).max()
+        coarse = 10 ** np.ceil(np.log10(largest) - np.log10(2e9))
         header.scales = np.full(3, max(min(1e-3, fine), coarse))
     lazrs = laspy.LazBackend.Lazrs  # used for LAZ only
     with laspy.open(out, mode="w", header=header, laz_backend=lazrs) as file:

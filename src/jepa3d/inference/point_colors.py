@@ -36,7 +36,8 @@ class View(NamedTuple):
     name: str
     total: int  # number of points in the file; for a mesh, number of points sampled from it
     points: np.ndarray  # [N, 3] float32, at most MAX_DRAWN points
-    colors: np.ndarray | None  # [N, 3] uint8, as in the file; None if the file has no colours
+    # [N, 3] uint8, as in the file; None if the file has no colours
+    colors: np.ndarray | None
     tokens: Tensor  # [M, C], tokens of the last layer
     centers: Tensor  # [M, 3], centres of the tokens
     # [N, M], weights for interpolation from the three nearest centres of each point; so the

@@ -87,18 +87,17 @@ def predict_files(
     label = _label(network, category)
     items, skipped = _find(paths)
     log_left_out(skipped)
-    rows, failed = [], len(skipped)
+    rows = []
     predictions = _predictions(network, items, label, up_axis)
     for found, seen in progress_bar(predictions, "predicting", total=len(items)):
         if seen is None:
             log.info(f"left out: {because(found.path, str(found.error))}")
-            failed += 1
             continue
         log_remarks(found.path, seen.read.remarks())
         if isinstance(network, Segmenter):
             _write_parts(network, found, seen.cloud, label, out)
         rows.append([*vars(found).values()][:5])
-    if failed:
+    if failed := len(skipped) + len(items) - len(rows):
         log.info(f"left out {failed:,}")
     if not rows:
         raise ReadError(f"{paths[0]}: none of the clouds can be used")
@@ -132,16 +131,15 @@ def _find(
     The name of a cloud begins with the first of the paths at which the cloud was found. optional:
     as for `clouds.py::find_clouds`. Raises ReadError as `find_clouds` does.
     """
-    items, names, skipped = {}, {}, []
+    named, skipped = {}, []
     for path in paths:
         found, others = find_clouds(path, optional=optional)
         skipped += others
         for item in found:
             inside = item.path.removeprefix(spelled(os.path.abspath(path)))
             name = f"{path}{original(inside)}"
-            items.setdefault(item.path, item)
-            names.setdefault(item.path, os.path.normpath(name))
-    return {name: items[path] for path, name in names.items()}, skipped
+            named.setdefault(item.path, (os.path.normpath(name), item))
+    return dict(named.values()), skipped
 
 
 def _predictions(

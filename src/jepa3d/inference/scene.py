@@ -251,8 +251,7 @@ def write_features(
         parquet = suffix == ".parquet"
         _check_space(folder, total, encoder.width * np.dtype(dtype).itemsize * parquet)
         _restart(bar, "sorting", 2 * total)
-        parts = chunks(scan)
-        cells = sort_points(parts, up_axis, grid, sample, total, folder, bar)
+        cells = sort_points(chunks(scan), up_axis, grid, sample, total, folder, bar)
         with closing(cells):
             if cells.counts.sum() != total:
                 raise ReadError(f"{scan}: changed while it was read")

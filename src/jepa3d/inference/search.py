@@ -17,6 +17,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,7 +95,8 @@ def search(
     number = k + (exclude is not None)
     if isinstance(vectors, Vectors):
         if probes:
-            raise ValueError(f"--probes {probes}: needs a database of jepa3d index --ann")
+            needed = "a database of jepa3d index --ann"
+            raise ValueError(f"--probes {probes}: needs {needed}")
         found = _search_files(vectors, directions, number, conditions)
     else:
         found = [vectors.search(x, number, conditions, probes) for x in directions]
@@ -115,7 +117,8 @@ def _without(hits: list[Hit], path: str | None) -> list[Hit]:
 
 def _real(path: str) -> str:
     """Resolve the links in an address, even if FILE in FILE#PART is a link itself."""
-    ends = [len(path), *(match.start() for match in reversed([*re.finditer("#", path)]))]
+    signs = [match.start() for match in re.finditer("#", path)]
+    ends = [len(path), *reversed(signs)]
     end = next((end for end in ends if os.path.exists(path[:end])), len(path))
     return os.path.realpath(path[:end]) + path[end:]
 
@@ -195,8 +198,7 @@ def _directions(queries: np.ndarray, embed_dim: int) -> np.ndarray:
     Raises ValueError if a query is zero or not finite, or if its width is not `embed_dim`.
     """
     queries = np.atleast_2d(np.asarray(queries, np.float64))
-    if queries.shape[-1] != embed_dim:
-        width = queries.shape[-1]
+    if (width := queries.shape[-1]) != embed_dim:
         raise ValueError(f"a query has {width} numbers, the vectors have {embed_dim}")
     length = np.linalg.norm(queries, axis=-1, keepdims=True)
     if not (np.isfinite(length).all() and (length > 0).all()):
@@ -276,10 +278,8 @@ def _copied(vectors: Vectors) -> list[pa.RecordBatch] | None:
     return None.
     """
     file, stamp = copy_of(vectors.path), _stamp(vectors.files)
-    try:
+    with suppress(OSError, ValueError):
         return _open(file, stamp)
-    except (OSError, ValueError):
-        pass
     try:
         with writing(file):
             _write(vectors, file, stamp)
@@ -319,7 +319,8 @@ def _write(vectors: Vectors, file: Path, stamp: str) -> None:
     ValueError if they change meanwhile.
     """
     size = len(vectors) * vectors.spec.embed_dim * 6 / 1e6
-    log.warning(f"making {file}, a copy of the index for quick searches ({size:,.0f} MB)")
+    made = f"a copy of the index for quick searches ({size:,.0f} MB)"
+    log.warning(f"making {file}, {made}")
     width = vectors.spec.embed_dim
     types = pa.float32(), pa.list_(pa.float16(), width)
     base = pa.schema(map(schema(vectors.spec).field, _COPIED))

@@ -41,7 +41,8 @@ class EmbeddingSpec:
         if up_axis not in (*TO_Z_UP, "none"):
             raise ValueError(f"up axis {up_axis!r} is unknown: use x, y, z or none")
         if not -1 <= layer <= encoder.depth:
-            raise ValueError(f"layer {layer}: use 0 (tokenizer) to {encoder.depth}, or -1 (last)")
+            allowed = f"0 (tokenizer) to {encoder.depth}, or -1 (last)"
+            raise ValueError(f"layer {layer}: use {allowed}")
         if pooling not in POOLINGS:
             raise ValueError(f"pooling {pooling!r}: use {', '.join(POOLINGS)}")
         folder = model not in ("", "default") and Path(model).exists()

@@ -47,7 +47,8 @@ FORMAT = "jepa3d-vectors-1"
 # group at a time, so many small row groups would make it slow.
 ROWS = 8192
 
-ReadGroup = Callable[[list[str] | None], pa.Table]  # reads some or all columns of a row group
+# a function that reads some or all columns of a row group
+ReadGroup = Callable[[list[str] | None], pa.Table]
 
 
 def vector_type(embed_dim: int, dtype: str = "float32") -> pa.DataType:
@@ -106,7 +107,8 @@ class Vectors:
         inside = sorted(self.path.glob("*.parquet"))
         self.files = inside if self.path.is_dir() else [self.path]
         if not self.files:
-            raise ReadError(f"{path}: holds no .parquet file; make one with jepa3d embed")
+            hint = "make one with jepa3d embed"
+            raise ReadError(f"{path}: holds no .parquet file; {hint}")
         self.spec = _read_spec(self.files[0])
         for file in self.files[1:]:
             self.spec.check(_read_spec(file), file)
