@@ -231,10 +231,6 @@ def _untar(source: Path, folder: Path) -> None:
         archive.fileobj.seek(archive.offset)
         if any(archive.fileobj.read(tarfile.BLOCKSIZE)):
             raise tarfile.ReadError("damaged header")
-        # tarfile takes a damaged header for the end of the archive, but the end is a block of zeros
-        archive.fileobj.seek(archive.offset)
-        if any(archive.fileobj.read(tarfile.BLOCKSIZE)):
-            raise tarfile.ReadError("damaged header")
         # The checksum of a .gz stands at its end, where nothing is read otherwise.
         while rest := archive.fileobj.read(1 << 20):
             total += len(rest)
