@@ -138,24 +138,22 @@ def _copies(rng: Rng, about: np.ndarray, half: np.ndarray) -> tuple[np.ndarray, 
     extent [3]. Returns matrices [n, 3, 3] and shifts [n, 3]. Copy i of a point p of the part is
     matrices[i] @ p + shifts[i].
     """
-    kind, one = rng.random(), np.eye(3)[None]
+    kind, matrices = rng.random(), np.eye(3)[None]
     if kind < 0.2:
-        flip = np.stack([np.eye(3), np.diag((-1.0, 1, 1))])
+        matrices = np.stack([np.eye(3), np.diag((-1.0, 1, 1))])
         if rng.random() < 0.3:  # mirrored in x and in y: four copies
-            flip = np.concatenate([flip, flip * (1, -1, 1)])
-        return flip, about - np.einsum("nij,j->ni", flip, about)
-    if kind < 0.35:
+            matrices = np.concatenate([matrices, matrices * (1, -1, 1)])
+    elif kind < 0.35:
         count = rng.integers(3, 9)
         angles = np.arange(count) * (2 * np.pi / count)
-        spin = np.stack([turn(np.eye(3), angle).T for angle in angles])
-        return spin, about - np.einsum("nij,j->ni", spin, about)
-    if kind < 0.5:
+        matrices = np.stack([turn(np.eye(3), angle).T for angle in angles])
+    elif kind < 0.5:
         count, axis = rng.integers(2, 7), rng.integers(3)
         shifts = np.zeros((count, 3))
         step = 2 * half[axis] * rng.uniform(1, 2.5) * rng.choice([-1, 1])
         shifts[:, axis] = np.arange(count) * step
-        return np.repeat(one, count, 0), shifts
-    return one, np.zeros((1, 3))
+        return np.repeat(matrices, count, 0), shifts
+    return matrices, about - np.einsum("nij,j->ni", matrices, about)
 
 
 def _compose(count: int, rng: Rng) -> np.ndarray:
