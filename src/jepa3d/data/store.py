@@ -178,7 +178,8 @@ class Store:
         up = "xyz"[self.columns["up"][row]]
         for name in arrays.keys() & {"points", "normals"}:
             arrays[name] = np.asarray(arrays[name], np.float32) @ TO_Z_UP[up]
-        return PointCloud(origin=np.array(frame[:3]), scale=float(frame[3]), up=up, **arrays)
+        origin, scale = np.array(frame[:3]), float(frame[3])
+        return PointCloud(origin=origin, scale=scale, up=up, **arrays)
 
     def key(self, row: int) -> str:
         """Return the key of a cloud."""
@@ -371,8 +372,8 @@ class StoreWriter:
         """
         header, sizes = self.header, self._size
         if self._clouds:
-            first, *_ = clouds = self._clouds
-            arrays = {name: np.concatenate([c[name] for c in clouds]) for name in first}
+            clouds = self._clouds
+            arrays = {name: np.concatenate([c[name] for c in clouds]) for name in clouds[0]}
             content, crc = save(arrays), 0
             shard = {
                 "file": f"points-{len(header['shards']):05d}.safetensors",
