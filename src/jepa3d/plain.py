@@ -123,7 +123,8 @@ def configuration(title: str) -> Callable[[type[T]], type[T]]:
         for part in dataclasses.fields(cast(Any, cls)):
             if part.name in inspect.get_annotations(cls):
                 metadata = {**base.get(part.name, part).metadata, "presets": {}}
-                metadata |= {key: value for key, value in part.metadata.items() if value}
+                own = part.metadata.items()
+                metadata |= {key: value for key, value in own if value}
                 presets = metadata["presets"].items()
                 others = ", ".join(f"{name} {value}" for name, value in presets)
                 text = f"{metadata.get('doc', '')} {f'[{others}]' if others else ''}"
