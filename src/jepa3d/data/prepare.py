@@ -95,10 +95,8 @@ def _check(options: Preparation, workers: int) -> None:
     if options.points is not None and options.points < 1:
         raise ValueError(f"--points {options.points}: give 'all', or 1 or more")
     if options.columns is not None and len(options.columns) < 3:
-        given = " ".join(options.columns)
-        raise ValueError(
-            f"--columns {given}: give the three names of the x, y and z columns, or all names"
-        )
+        needed = "give the three names of the x, y and z columns, or all names"
+        raise ValueError(f"--columns {' '.join(options.columns)}: {needed}")
     if options.reader is not None:
         load_code(options.reader)
     if workers < 0:
@@ -312,8 +310,7 @@ class _Report:
 
 def _show_lacking(store: Store) -> None:
     """Print the classes that have shapes in only one of the splits train and test."""
-    split = np.asarray(store.columns["split"])
-    labels = np.asarray(store.columns["label"])
+    split, labels = store.columns["split"], store.columns["label"]
     train, test = (split == SPLITS.index(name) for name in ("train", "test"))
     found = lacking(labels, train, test, store.class_names)
     if train.any() and test.any() and found:
