@@ -48,7 +48,7 @@ def progress_bar(items: Iterable | None = None, doing: str = "", **settings: Any
     from tqdm import tqdm  # imported here, so that importing jepa3d stays quick
 
     hidden = not (sys.stderr.isatty() and log.isEnabledFor(logging.INFO))
-    look: dict[str, Any] = {"delay": 1, "leave": False, "dynamic_ncols": True, "disable": hidden}
+    look = {"delay": 1, "leave": False, "dynamic_ncols": True, "disable": hidden}
     return tqdm(items, doing, **look | settings)
 
 
@@ -123,7 +123,8 @@ def configuration(title: str) -> Callable[[type[T]], type[T]]:
         for part in dataclasses.fields(cast(Any, cls)):
             if part.name in inspect.get_annotations(cls):
                 metadata = {**base.get(part.name, part).metadata, "presets": {}}
-                metadata |= {key: value for key, value in part.metadata.items() if value}
+                own = part.metadata.items()
+                metadata |= {key: value for key, value in own if value}
                 presets = metadata["presets"].items()
                 others = ", ".join(f"{name} {value}" for name, value in presets)
                 text = f"{metadata.get('doc', '')} {f'[{others}]' if others else ''}"
@@ -327,12 +328,10 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
         return tuple(_checked(name, item, args[0]) for item in items)
     if type(None) in args:
         return None if value is None else _checked(name, value, args[0])
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind is float and number:
-        return value
     if kind is float and isinstance(value, str):  # YAML reads 1e-3 as text
         with suppress(ValueError):
             return float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+    allowed = (int, float) if kind is float else kind
+    if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{wrong} of type {kind.__name__}")
     return value

@@ -140,7 +140,6 @@ def _start_worker() -> None:
 
 def _end_with_parent() -> None:
     """Wait until the parent process ends, for whatever reason; then end this process."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
+    if parent := multiprocessing.parent_process():
         parent.join()
         os._exit(1)

@@ -6,7 +6,7 @@ prints which files were left out and why, and writes the complete list to report
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -22,10 +22,11 @@ from jepa3d.data.sources import discover, unpacked
 from jepa3d.data.store import SPLITS, Store, StoreWriter, hash64, key_hash
 from jepa3d.frame import LEAST, are_kept
 from jepa3d.locking import writing
-from jepa3d.plain import load_code, log, printable, write_bytes
+from jepa3d.plain import load_code, log, printable, to_dict, write_bytes
 
 _MESH_POINTS = 8192  # number of points sampled from a mesh with --points all
-_CHUNK = 8  # number of entries (clouds that are not read yet) that a process gets at a time
+# number of entries (clouds that are not read yet) that a process gets at a time
+_CHUNK = 8
 _SHOWN = 40  # largest number of left-out files that are printed; report.json lists all
 Attribute = Literal["normals", "colors", "parts"]
 
@@ -94,10 +95,8 @@ def _check(options: Preparation, workers: int) -> None:
     if options.points is not None and options.points < 1:
         raise ValueError(f"--points {options.points}: give 'all', or 1 or more")
     if options.columns is not None and len(options.columns) < 3:
-        given = " ".join(options.columns)
-        raise ValueError(
-            f"--columns {given}: give the three names of the x, y and z columns, or all names"
-        )
+        needed = "give the three names of the x, y and z columns, or all names"
+        raise ValueError(f"--columns {' '.join(options.columns)}: {needed}")
     if options.reader is not None:
         load_code(options.reader)
     if workers < 0:
@@ -119,8 +118,7 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
     names = tuple(sorted({entry.label for entry in entries if entry.label is not None}))
     parts = source.part_names if "parts" in options.keep else ()
     report = _Report(source, options.points or 0)
-    settings = json.loads(json.dumps(asdict(options)))
-    with StoreWriter(out, settings, names, parts) as writer:
+    with StoreWriter(out, to_dict(options), names, parts) as writer:
         known = set(writer.keys().tolist())
         new = [entry for entry in entries if key_hash(entry.key) not in known]
         work = partial(_convert_all, options)
@@ -251,7 +249,8 @@ class _Report:
 
     source: Source  # its lists `notes` and `skipped` grow while clouds are converted
     points: int  # number of points of each cloud; 0 if all points are kept
-    taken: Counter[str] = field(default_factory=Counter)  # number of clouds by file suffix
+    # number of clouds by file suffix
+    taken: Counter[str] = field(default_factory=Counter)
     fewer: int = 0  # number of clouds with too few points, which were filled up
     # numbers of stray points and of NaN points that were left out, by key
     strays: Counter[str] = field(default_factory=Counter)
@@ -311,8 +310,7 @@ class _Report:
 
 def _show_lacking(store: Store) -> None:
     """Print the classes that have shapes in only one of the splits train and test."""
-    split = np.asarray(store.columns["split"])
-    labels = np.asarray(store.columns["label"])
+    split, labels = store.columns["split"], store.columns["label"]
     train, test = (split == SPLITS.index(name) for name in ("train", "test"))
     found = lacking(labels, train, test, store.class_names)
     if train.any() and test.any() and found:

@@ -62,9 +62,8 @@ def _profile(rng: Rng) -> np.ndarray:
     if kind == 3:  # ellipsoid or dome
         t = np.linspace(-np.pi / 2 if rng.random() < 0.6 else 0, np.pi / 2, 9)
         height = np.sin(t)
-        ends = [] if t[0] < 0 else [(0.0, -1.0)]
         rows = np.stack([np.cos(t), 2 * (height - height[0]) / (1 - height[0]) - 1], 1)
-        return np.array([*ends, *rows])
+        return rows if t[0] < 0 else np.array([(0, -1), *rows])
     if kind < 6:  # smooth random profile, with or without end caps
         count, places = rng.integers(3, 6), np.linspace(0, 1, 9)
         radii = np.interp(places, np.linspace(0, 1, count), rng.uniform(0.2, 1, count))
@@ -138,24 +137,22 @@ def _copies(rng: Rng, about: np.ndarray, half: np.ndarray) -> tuple[np.ndarray, 
     extent [3]. Returns matrices [n, 3, 3] and shifts [n, 3]. Copy i of a point p of the part is
     matrices[i] @ p + shifts[i].
     """
-    kind, one = rng.random(), np.eye(3)[None]
+    kind, matrices = rng.random(), np.eye(3)[None]
     if kind < 0.2:
-        flip = np.stack([np.eye(3), np.diag((-1.0, 1, 1))])
+        matrices = np.stack([np.eye(3), np.diag((-1.0, 1, 1))])
         if rng.random() < 0.3:  # mirrored in x and in y: four copies
-            flip = np.concatenate([flip, flip * (1, -1, 1)])
-        return flip, about - np.einsum("nij,j->ni", flip, about)
-    if kind < 0.35:
+            matrices = np.concatenate([matrices, matrices * (1, -1, 1)])
+    elif kind < 0.35:
         count = rng.integers(3, 9)
         angles = np.arange(count) * (2 * np.pi / count)
-        spin = np.stack([turn(np.eye(3), angle).T for angle in angles])
-        return spin, about - np.einsum("nij,j->ni", spin, about)
-    if kind < 0.5:
+        matrices = np.stack([turn(np.eye(3), angle).T for angle in angles])
+    elif kind < 0.5:
         count, axis = rng.integers(2, 7), rng.integers(3)
         shifts = np.zeros((count, 3))
         step = 2 * half[axis] * rng.uniform(1, 2.5) * rng.choice([-1, 1])
         shifts[:, axis] = np.arange(count) * step
-        return np.repeat(one, count, 0), shifts
-    return one, np.zeros((1, 3))
+        return np.repeat(matrices, count, 0), shifts
+    return matrices, about - np.einsum("nij,j->ni", matrices, about)
 
 
 def _compose(count: int, rng: Rng) -> np.ndarray:
@@ -164,8 +161,7 @@ def _compose(count: int, rng: Rng) -> np.ndarray:
     for i in range(1 + rng.choice(9, p=PARTS)):
         loft = _solid(rng) * _size(rng) * (rng.uniform(0.3, 1) if i else 1)
         loft = loft @ _rotation(rng).T
-        corners = loft.reshape(-1, 3)
-        low, high = corners.min(0), corners.max(0)
+        low, high = loft.min((0, 1)), loft.max((0, 1))
         half, place, about = (high - low) / 2, (low + high) / 2, np.zeros(3)
         if i:  # move the new part against a side of an earlier part
             about, other = boxes[rng.integers(len(boxes))]
@@ -179,8 +175,7 @@ def _compose(count: int, rng: Rng) -> np.ndarray:
         copies.append(_copies(rng, about, half))
     times = np.array([len(turns) for turns, _ in copies])
     part = np.repeat(np.arange(len(triangles)), [len(some) for some in triangles])
-    surface = np.concatenate(triangles)
-    points, chosen = sample_triangles(surface, count, rng, times[part])
+    points, chosen = sample_triangles(np.concatenate(triangles), count, rng, times[part])
     part = part[chosen]
     # move each point to a random copy of its part; copies are numbered consecutively over all parts
     copy = (rng.random(count) * times[part]).astype(int)
@@ -267,8 +262,7 @@ def make_procedural(i: int, num_points: int = POINTS, seed: int = 0) -> np.ndarr
     points = points[rng.permutation(len(points))[:num_points]]
     points = turn(points, rng.uniform(0, 2 * np.pi))
     noise = rng.normal(scale=rng.uniform(0, NOISE), size=points.shape)
-    points = normalise(points + noise)
-    return points.astype(np.float32)
+    return normalise(points + noise).astype(np.float32)
 
 
 def count_of(source: Path | str, kind: str = "procedural", fewest: int = 1) -> int:

@@ -133,7 +133,8 @@ def _store(path: Path, num_points: int, up_axis: str, parts: bool) -> Shapes:
 
     def read(row: int) -> PointCloud:
         with as_read_error(path):
-            cloud = replace(store.cloud(row), points=store.points(row).astype(np.float32), up="z")
+            points = store.points(row).astype(np.float32)
+            cloud = replace(store.cloud(row), points=points, up="z")
             return _checked(cloud, num_points, f"{store.key(row)}: ")
 
     labels = np.asarray(store.columns["label"]).astype(np.int64)
@@ -172,7 +173,8 @@ def _bundle(path: Path, num_points: int, up_axis: str, key: str, parts: bool) ->
     if not names:  # number the labels that occur, and name them by their value
         found, labels = np.unique(labels, return_inverse=True)
         unlabelled = int((found < 0).sum())
-        names, labels = tuple(map(str, found[unlabelled:].tolist())), labels - unlabelled
+        names = tuple(map(str, found[unlabelled:].tolist()))
+        labels -= unlabelled
     per_point, part_names = _parts(facts, path) if parts else ([None] * len(points), ())
 
     def read(i: int) -> PointCloud:
@@ -230,10 +232,9 @@ def _files(path: Path, num_points: int, up_axis: str, raw: bool, parts: bool) ->
             if source.unpublished and not raw:
                 kept = np.flatnonzero(are_kept(cloud.points.astype(np.float64), LEAST))
                 cloud = cloud.take(kept) if len(kept) >= num_points else cloud
-            labels = cloud.parts if parts else None
-            if parts and labels is None:
+            if parts and cloud.parts is None:
                 raise ReadError(NO_PARTS)
-            labels = None if labels is None else to_parts(labels)
+            labels = to_parts(cloud.parts) if parts else None
         return replace(cloud, up=cloud.up or up_axis, parts=labels)
 
     names = tuple(sorted({entry.label for entry in entries if entry.label is not None}))

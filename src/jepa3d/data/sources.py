@@ -60,7 +60,6 @@ def discover(
     no cloud, if `root` is an archive, if COUNT is not a positive number, if a few-shot fold (.pkl)
     cannot be read, or as `benchmarks.py::benchmark_at` does.
     """
-    how = columns, reader
     if count := procedural.count_of(root):
         readers = [partial(procedural.read, i) for i in range(count)]
         shapes = [Entry(str(i), read, up_axis="z") for i, read in enumerate(readers)]
@@ -68,11 +67,11 @@ def discover(
     if root.is_file() and (reader or root.suffix != ".pkl"):
         if is_archive(root):
             raise ReadError(f"{root}: {REFUSAL}")
-        source = Source("file", entries_of(root, root.name, None, None, *how))
+        source = Source("file", entries_of(root, root.name, None, None, columns, reader))
     elif root.suffix == ".pkl":
         source = fold_of(root)
     elif reader or not (source := benchmark_at(root, variant)):
-        source = _files(root, variant, *how)
+        source = _files(root, variant, columns, reader)
     if not source.entries:
         reason = f"; {': '.join(source.skipped[0])}" if source.skipped else ""
         raise ReadError(f"{root}: has no cloud to read ({' '.join(SUFFIXES)}){reason}")
@@ -98,12 +97,12 @@ def walk(
         yield Path(folder), folders, sorted(files)
 
 
-def _files(root: Path, variant: str | None, *how: Any) -> Source:
+def _files(root: Path, variant: str | None, columns: Any, reader: str | None) -> Source:
     """Find the clouds in a tree of files, and their classes and splits from the names of folders.
 
     If a folder below `root` holds a published benchmark, the benchmark's own classes and splits are
-    used. With the user's own reader, no folder is treated as a benchmark. how: columns and reader,
-    as for `io.py::read`.
+    used. With the user's own reader, no folder is treated as a benchmark. columns, reader: as for
+    `io.py::read`.
     """
     entries, skipped, notes, part_names = [], [], [], ()
     benchmarks, paths = [], {}
@@ -114,8 +113,7 @@ def _files(root: Path, variant: str | None, *how: Any) -> Source:
 
     for folder, folders, files in walk(root, failed):
         # with the user's own reader, no folder is treated as a benchmark
-        inner = folder != root and not any(how[1:])
-        if inner and (found := benchmark_at(folder, variant)):
+        if folder != root and not reader and (found := benchmark_at(folder, variant)):
             at = folder.relative_to(root).as_posix()
             folders.clear()
             benchmarks.append(found)
@@ -125,7 +123,7 @@ def _files(root: Path, variant: str | None, *how: Any) -> Source:
             continue
         for path in map(folder.joinpath, files):
             key = path.relative_to(root).as_posix()
-            if reason := _no_cloud(path, *how):
+            if reason := _no_cloud(path, columns, reader):
                 skipped.append((key, reason))
             else:
                 paths[key] = path
@@ -135,7 +133,7 @@ def _files(root: Path, variant: str | None, *how: Any) -> Source:
         # labels must be printable, since they go into JSON, Parquet and pictures
         label = name and printable(name)
         try:
-            entries += entries_of(path, key, label, split, *how)
+            entries += entries_of(path, key, label, split, columns, reader)
         except ReadError as error:
             entries.append(Entry(key, partial(refuse, str(error)), label, split))
     if len(benchmarks) == 1 and len(entries) == len(benchmarks[0].entries):
@@ -145,8 +143,7 @@ def _files(root: Path, variant: str | None, *how: Any) -> Source:
     classes = {entry.label for entry in entries}
     if both := sorted(label for label in classes if label and split_of(label)):
         notes.append(f"folder {', '.join(both)}: taken as a class, not as a split")
-    layout = meshes_of(classes)
-    if layout:
+    if layout := meshes_of(classes):
         entries = [replace(entry, up_axis="z") for entry in entries]
         notes += check_sizes(layout, entries)
     return Source(layout or "folder", entries, part_names, skipped, notes)
@@ -196,13 +193,11 @@ def unpacked(source: Path, out: Path) -> Iterator[Path]:
         shutil.rmtree(left)
     made = tempfile.mkdtemp(prefix=f".{out.name}.unpacked-", dir=out.parent)
     folder = Path(made).resolve()
+    unpack = _unzip if source.suffix.lower() == ".zip" else _untar
     try:
         log.info(f"unpacking {printable(str(source))}")
         try:
-            if source.suffix.lower() == ".zip":
-                _unzip(source, folder)
-            else:
-                _untar(source, folder)
+            unpack(source, folder)
         except _DAMAGE as error:
             raise ReadError(f"{source}: bad archive ({first_line(error)})") from error
         yield folder
@@ -227,10 +222,6 @@ def _untar(source: Path, folder: Path) -> None:
             total += member.size
             _check_size(source, folder, total)
             archive.extract(member, folder, filter="data")
-        # tarfile takes a damaged header for the end of the archive, but the end is a block of zeros
-        archive.fileobj.seek(archive.offset)
-        if any(archive.fileobj.read(tarfile.BLOCKSIZE)):
-            raise tarfile.ReadError("damaged header")
         # tarfile takes a damaged header for the end of the archive, but the end is a block of zeros
         archive.fileobj.seek(archive.offset)
         if any(archive.fileobj.read(tarfile.BLOCKSIZE)):

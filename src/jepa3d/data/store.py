@@ -103,17 +103,16 @@ class Store:
         return hashlib.sha256(shards.encode()).hexdigest()
 
     def _column(self, name: str) -> np.ndarray:
-        kind, tail = COLUMNS[name]
-        path, shape = self.path / "index" / f"{name}.bin", (len(self), *tail)
-        if not (needed := len(self) * _row_bytes(name)):
-            return np.empty(shape, kind)
+        path, kind = self.path / "index" / f"{name}.bin", np.dtype(COLUMNS[name])
+        if not (needed := len(self) * kind.itemsize):
+            return np.empty(0, kind)
         if not path.is_file() or path.stat().st_size < needed:
             raise ReadError(f"{path}: missing or cut off; it must have {needed} bytes")
         # A column of under 16 MiB is read into memory, since a memory-mapped file that is cut off
         # later would kill the process. A larger column is mapped all the same, to save memory.
         if needed < 16 << 20:
-            return np.fromfile(path, kind, int(np.prod(shape))).reshape(shape)
-        return np.memmap(path, kind, "r", shape=shape)
+            return np.fromfile(path, kind, len(self))
+        return np.memmap(path, kind, "r", shape=len(self))
 
     def shard(self, index: int) -> dict[str, np.ndarray]:
         """Open shard `index` as memory-mapped arrays. Raises ReadError if it is missing or damaged.
@@ -179,7 +178,8 @@ class Store:
         up = "xyz"[self.columns["up"][row]]
         for name in arrays.keys() & {"points", "normals"}:
             arrays[name] = np.asarray(arrays[name], np.float32) @ TO_Z_UP[up]
-        return PointCloud(origin=np.array(frame[:3]), scale=float(frame[3]), up=up, **arrays)
+        origin, scale = np.array(frame[:3]), float(frame[3])
+        return PointCloud(origin=origin, scale=scale, up=up, **arrays)
 
     def key(self, row: int) -> str:
         """Return the key of a cloud."""
@@ -321,7 +321,7 @@ class StoreWriter:
         # number of points, and number of bytes of keys; both include clouds not yet written
         self._end = int(store.columns["end"][-1]) if len(store) else 0
         self._key_end = int(store.columns["key_end"][-1]) if len(store) else 0
-        self._size = {name: len(store) * _row_bytes(name) for name in COLUMNS}
+        self._size = {name: rows.nbytes for name, rows in store.columns.items()}
         self._size["keys"] = self._key_end
         # the store is still empty if the command that began it was killed
         self._new |= not len(store)
@@ -372,8 +372,8 @@ class StoreWriter:
         """
         header, sizes = self.header, self._size
         if self._clouds:
-            first, *_ = clouds = self._clouds
-            arrays = {name: np.concatenate([c[name] for c in clouds]) for name in first}
+            clouds = self._clouds
+            arrays = {name: np.concatenate([c[name] for c in clouds]) for name in clouds[0]}
             content, crc = save(arrays), 0
             shard = {
                 "file": f"points-{len(header['shards']):05d}.safetensors",
@@ -414,12 +414,6 @@ class StoreWriter:
             self.commit()
         if self._new and not self.header["shards"]:  # nothing was added
             shutil.rmtree(self.path.resolve())  # rmtree refuses links
-
-
-def _row_bytes(name: str) -> int:
-    """Return the size in bytes of one row of a column of the index."""
-    kind, tail = COLUMNS[name]
-    return np.dtype(kind).itemsize * int(np.prod(tail))
 
 
 def _map_safetensors(path: Path) -> dict[str, np.ndarray]:

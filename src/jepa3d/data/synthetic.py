@@ -43,7 +43,7 @@ Range = tuple[float, float]
 # tuples (part name, loft, loft, ...); if there are no lofts, the shape lacks this part
 Parts = Iterator[tuple]
 
-_SIDES = (-1, 1)
+_SIDES = np.array([-1, 1])
 
 
 def _legs(rng: Rng, width: float, depth: float, height: float) -> list[Loft]:
@@ -117,13 +117,11 @@ def _slab(
             tall = thick + u(0.25, 0.8)
             yield "back", *_back(rng, width, 0.48 * depth, height, tall, pad)
             arm = (pad, depth, thick + u(0.1, 0.25))
-            sides = _SIDES[: rng.choice([0, 2])]
-            xs = [side * 0.48 * width for side in sides]
+            xs = 0.48 * width * _SIDES[: rng.choice([0, 2])]
             yield "arm", *(box((x, 0, height), arm) for x in xs)
         if boxes:
             chest = (u(0.2, 0.4) * width, 0.9 * depth, u(0.3, 1) * height)
-            sides, low = _SIDES[: rng.integers(1, boxes + 1)], height - chest[2]
-            xs = [side * 0.3 * width for side in sides]
+            xs, low = 0.3 * width * _SIDES[: rng.integers(1, boxes + 1)], height - chest[2]
             yield "drawer", *(box((x, 0, low), chest) for x in xs)
 
     return build
@@ -240,22 +238,18 @@ def _airplane(rng: Rng, u: Draw) -> Parts:
     hull = radius * np.array([0.2, 0.6, 0.9, 1, 1, 1, 1, 0.8, 0.2])
     yield "body", tube(np.linspace((-1, 0, 0), (1, 0, 0), 9), hull)
     at, size, taper = (x, u(-0.8, 0.8) * radius, 0), (chord, 0.04, span), u(0.3, 1)
-    wing = _along_y(box(at, size, taper, (sweep, u(-0.05, 0.15))))
+    # y and z are swapped, so that the wing and the tail, which grow along z, grow along y
+    wing = box(at, size, taper, (sweep, u(-0.05, 0.15)))[..., [0, 2, 1]]
     yield "wing", wing, wing * (1, -1, 1)
     height, level = u(0.2, 0.5), rng.choice([0, 0.9])
     size = (u(0.15, 0.3), 0.03, u(0.2, 0.5))
-    tail = _along_y(box((-0.9, level * height, 0), size, 0.7, (-0.1, 0)))
+    tail = box((-0.9, level * height, 0), size, 0.7, (-0.1, 0))[..., [0, 2, 1]]
     fin = box((-0.85, 0, 0), (u(0.2, 0.4), 0.03, height), 0.6, (-0.15, 0))
     yield "tail", tail, tail * (1, -1, 1), fin
     pod = tube([(0, 0, -0.08), (0.3, 0, -0.08)], u(0.05, 0.09))
     places = (0.35, 0.65)[: rng.integers(3)]
     spots = [(x + sweep * t, side * t * span, 0) for t in places for side in _SIDES]
     yield "engine", *(pod + spot for spot in spots)
-
-
-def _along_y(loft: Loft) -> Loft:
-    """Swap y and z, so that a box that grows along z grows along y."""
-    return loft[..., [0, 2, 1]]
 
 
 def _rocket(rng: Rng, u: Draw) -> Parts:
