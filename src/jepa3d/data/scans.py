@@ -224,15 +224,12 @@ def read_e57(path: Path) -> PointCloud:
     """
     pye57 = io_module("pye57")
     try:
-        file = pye57.E57(str(path))
-        try:
+        with pye57.E57(str(path)) as file:
             counts = [file.get_header(i).point_count for i in range(file.scan_count)]
             # a point takes at least one bit
             check_claim(path, max(counts, default=0), 8)
             filled = [i for i, count in enumerate(counts) if count]
             scans = [file.read_scan(i, ignore_missing_fields=True) for i in filled]
-        finally:
-            file.close()
     except pye57.libe57.E57Exception as error:
         raise ReadError(f"damaged or not an E57 file ({first_line(error)})") from error
     if not scans:
