@@ -124,8 +124,7 @@ def _pcd_ascii(file: IO[bytes], first: int, row: np.dtype, count: int) -> Column
         raise ReadError(f"{state}: {len(rows):,} points, but its header says {count:,}")
     found = dict(zip(order, rows.T, strict=True))
     for name, values in found.items():
-        with np.errstate(invalid="ignore", over="ignore"):
-            typed = values.astype(row[name])
+        typed = values.astype(row[name])
         if row[name].kind == "f" or (typed == values).all():
             found[name] = typed
     return found
