@@ -198,11 +198,9 @@ def las_rows(path: Path, names: Sequence[str] = "xyz") -> Iterator[np.ndarray]:
     """
     for records in las_records(path):
         have = {*"xyz", *records.point_format.dimension_names}
-        columns = np.full((len(records), len(names)), np.nan)
-        for i, name in enumerate(names):
-            if name in have:
-                columns[:, i] = records[name]
-        yield columns
+        missing = np.full(len(records), np.nan)
+        columns = [records[name] if name in have else missing for name in names]
+        yield np.stack(columns, 1)
 
 
 def read_las(path: Path) -> PointCloud:
