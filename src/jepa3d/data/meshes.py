@@ -108,8 +108,7 @@ def mesh(vertices: np.ndarray, faces: np.ndarray, **attributes) -> PointCloud:
     vertex that does not exist, and as `PointCloud.make` does.
     """
     _check_range(faces, len(vertices))
-    attributes["faces"] = faces if len(faces) else None
-    return PointCloud.make(vertices, **attributes)
+    return PointCloud.make(vertices, faces=faces if len(faces) else None, **attributes)
 
 
 def _check_range(corners: np.ndarray, count: int) -> None:
