@@ -212,12 +212,11 @@ class _Scene:
     def _check_packed(self, primitive: dict, i: int) -> None:
         """Raise ReadError if accessor `i` is compressed or holds face indices without a buffer."""
         accessor = self.json["accessors"][i]
-        draco = _DRACO in primitive.get("extensions", {})
-        empty = accessor["count"] and not {"bufferView", "sparse"} & accessor.keys()
-        if empty and (draco or i == primitive.get("indices")):
-            if not draco:
+        if accessor["count"] and not {"bufferView", "sparse"} & accessor.keys():
+            if _DRACO in primitive.get("extensions", {}):
+                raise ReadError(f"extension {_DRACO} is not read: save the file without it")
+            if i == primitive.get("indices"):
                 raise ReadError("has face indices without a buffer, which are not read")
-            raise ReadError(f"extension {_DRACO} is not read: save the file without it")
 
     # ------------------------------------------------------------------------------------ accessors
 
