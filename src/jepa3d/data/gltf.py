@@ -231,10 +231,9 @@ class _Scene:
         kind = np.dtype(_KINDS[accessor["componentType"]])
         if not 0 <= count <= _MAX_VALUES:
             raise ReadError(f"accessor {i} has {count:,} values, over {_MAX_VALUES:,}")
+        values = np.zeros((count, width), kind)
         if "bufferView" in accessor:
             values = self._view(accessor, count, width, kind)
-        else:
-            values = np.zeros((count, width), kind)
         if sparse := accessor.get("sparse"):
             at = np.dtype(_KINDS[sparse["indices"]["componentType"]])
             where = self._view(sparse["indices"], sparse["count"], 1, at)[:, 0]
