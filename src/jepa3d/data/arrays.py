@@ -50,8 +50,7 @@ def clouds_in(path: Path) -> int | None:
     if path.suffix.lower() not in ARRAY_SUFFIXES:
         return None
     with as_read_error(path):
-        shape = _shape(path, path.stat().st_mtime_ns)
-        return shape[0] if len(shape) == 3 else None
+        return _count(path, path.stat().st_mtime_ns)
 
 
 def facts_in(path: Path, labels_key: str = "labels", *more: str) -> dict[str, Any]:
@@ -265,13 +264,14 @@ def _known(headers: Headers, labels_key: str = "labels") -> dict[str, str]:
 
 
 @lru_cache(maxsize=4)
-def _shape(path: Path, mtime: int) -> tuple[int, ...]:
-    """Return the shape of a file's points.
+def _count(path: Path, mtime: int) -> int | None:
+    """Return the number of clouds in a file; None if it is a single cloud.
 
     mtime: modification time of the file, so that the cache is not used after the file has changed.
     """
     headers = _headers(path)
-    return headers[_known(headers)["points"]][0]
+    shape, _ = headers[_known(headers)["points"]]
+    return shape[0] if len(shape) == 3 else None
 
 
 @lru_cache(maxsize=2)
@@ -329,8 +329,7 @@ def read_array(path: Path, row: int | None) -> PointCloud:
     Some damage raises an error of numpy, zipfile or h5py; `io.py::read` turns it into a ReadError.
     """
     mtime = path.stat().st_mtime_ns
-    shape = _shape(path, mtime)
-    count = shape[0] if len(shape) == 3 else None
+    count = _count(path, mtime)
     if row is not None and row >= (count or 0):
         held = "one cloud" if count is None else f"{count:,} clouds"
         raise ReadError(f"holds {held}, but no cloud #{row}")
