@@ -5,7 +5,6 @@ them), three releases of ModelNet, ScanObjectNN, and two releases of ShapeNetPar
 benchmark is missing, the error says where the owner publishes the benchmark.
 """
 
-import io
 import json
 import pickle
 import re
@@ -318,10 +317,8 @@ def _fold(path: Path, mtime: int) -> dict[str, list]:
     # `mtime` (the time of the file's last change) is a part of the cache's key, so that a changed
     # file is read again.
     with as_read_error(path):
-        try:
-            fold = _ArraysOnly(io.BytesIO(path.read_bytes())).load()
-        except pickle.UnpicklingError as error:
-            raise ReadError(f"damaged or not a pickle ({error})") from error
+        with path.open("rb") as file:
+            fold = _ArraysOnly(file).load()
         if not isinstance(fold, dict) or not {"train", "test"} <= set(fold):
             raise ReadError("a few-shot fold must be a dict with lists train and test")
         return fold
