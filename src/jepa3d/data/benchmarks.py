@@ -46,15 +46,14 @@ def benchmark_at(root: Path, variant: str | None) -> Source | None:
     raised, and the entries of its shapes get the split None. If the file of a single shape is
     missing or damaged, the error is raised when the entry of that shape is read.
     """
+    part_lists = root.glob("train_test_split/shuffled_*_file_list.json")
     if (root / "shapenet_pc").is_dir():
         source = _shapenet55(root)
     elif any(root.glob("modelnet[14]0_shape_names.txt")):
         source = _modelnet_normals(root, variant)
     elif (root / "shape_names.txt").is_file() and any(root.glob("ply_data_*.h5")):
         source = _modelnet_hdf5(root)
-    elif any(root.glob("train_test_split/shuffled_*_file_list.json")) or (
-        (root / "synsetoffset2category.txt").is_file()
-    ):
+    elif any(part_lists) or (root / "synsetoffset2category.txt").is_file():
         source = _shapenetpart(root)
     elif not (source := _scanobjectnn(root, variant)):
         return None
