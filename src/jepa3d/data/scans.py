@@ -79,8 +79,7 @@ def _pcd_row(header: dict[str, list[str]]) -> tuple[np.dtype, int]:
     names = header.get("FIELDS", header.get("COLUMNS", []))
     every = {"SIZE": [], "TYPE": ["F"] * len(names), "COUNT": ["1"] * len(names)}
     every = {"FIELDS": names} | {key: header.get(key, of) for key, of in every.items()}
-    counts = [len(values) for values in every.values()]
-    if not names or len(set(counts)) > 1:
+    if not names or len({len(values) for values in every.values()}) > 1:
         found = ", ".join(f"{len(values)} {key}" for key, values in every.items())
         raise ReadError(f"damaged or not a PCD file: its header has {found}")
     keys = ("POINTS", "WIDTH", "HEIGHT")
@@ -297,9 +296,8 @@ def read_bin(path: Path, columns: tuple[str, ...] | None) -> PointCloud:
         raise ReadError(NO_COLUMNS)
     size, width = path.stat().st_size, len(columns)
     if size % (4 * width):
-        raise ReadError(
-            f"{size:,} bytes are not whole rows of {width} float32 values; does --columns name all columns?"
-        )
+        wrong = f"{size:,} bytes are not whole rows of {width} float32 values"
+        raise ReadError(f"{wrong}; does --columns name all columns?")
     names = tuple(map(str.lower, columns))
     chosen = [names.index(name) for name in coordinate_columns(names, None)]
     return PointCloud.make(np.fromfile(path, "<f4").reshape(-1, width)[:, chosen])
