@@ -32,6 +32,7 @@ _LOOKS = re.compile(
     r"(KHR|EXT|MSFT|ADOBE)_(materials|technique|texture|lights|xmp|animation|audio)\w*"
 )
 _DRACO, _MESHOPT = "KHR_draco_mesh_compression", "meshopt_compression"
+_UNREAD = "extension {} is not read: save the file without it"
 
 
 def read_gltf(path: Path, folder: Path) -> PointCloud:
@@ -56,7 +57,7 @@ class _Scene:
             raise ReadError(f"is glTF {version}, but only glTF 2.0 is read")
         for name in self.json.get("extensionsRequired", ()):
             if name not in _GEOMETRY and not _LOOKS.fullmatch(name):
-                raise ReadError(f"extension {name} is not read: save the file without it")
+                raise ReadError(_UNREAD.format(name))
         self.nodes: list[dict] = self.json.get("nodes", [])
         # node in the scene -> matrix [4, 4] from its coordinates to those of the scene
         self.places: dict[int, np.ndarray] = {}
@@ -214,7 +215,7 @@ class _Scene:
         accessor = self.json["accessors"][i]
         if accessor["count"] and not {"bufferView", "sparse"} & accessor.keys():
             if _DRACO in primitive.get("extensions", {}):
-                raise ReadError(f"extension {_DRACO} is not read: save the file without it")
+                raise ReadError(_UNREAD.format(_DRACO))
             if i == primitive.get("indices"):
                 raise ReadError("has face indices without a buffer, which are not read")
 
@@ -253,7 +254,7 @@ class _Scene:
         offset = where.get("byteOffset", 0)
         for name in view.get("extensions", {}):
             if name.endswith(_MESHOPT):
-                raise ReadError(f"extension {name} is not read: save the file without it")
+                raise ReadError(_UNREAD.format(name))
         begin, size = view.get("byteOffset", 0), width * kind.itemsize
         stride = view.get("byteStride", 0) or size
         end = begin + view["byteLength"]
