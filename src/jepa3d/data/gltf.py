@@ -49,8 +49,9 @@ class _Scene:
 
     def __init__(self, path: Path, folder: Path):
         data = path.read_bytes()
-        packed = data[:4] == b"glTF"
-        self.folder, (data, self.binary) = folder, _chunks(data) if packed else (data, b"")
+        self.folder, self.binary = folder, b""
+        if data[:4] == b"glTF":
+            data, self.binary = _chunks(data)
         self.json: dict[str, Any] = json.loads(data)
         version = str(self.json["asset"]["version"])
         if version.split(".")[0] != "2":
