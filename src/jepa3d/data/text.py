@@ -172,9 +172,11 @@ class Table:
         self.mark = delimiter_of(text)
         above = self._above[-1][1].split("\t") if self._above else []
         cells = line.strip("\r\n ").split("\t")
-        gaps = len(cells) == len(above) >= 3 and not any(" " in cell.strip() for cell in cells)
-        if self.mark is None and gaps and all(map(str.strip, above)):
-            self.mark = "\t"  # below a header with as many tabs, two tabs enclose an empty cell
+        named = len(cells) == len(above) >= 3 and all(map(str.strip, above))
+        spaced = any(" " in cell.strip() for cell in cells)
+        if self.mark is None and named and not spaced:
+            # below a header with as many tabs, two tabs enclose an empty cell
+            self.mark = "\t"
         row = _fields(line, self.mark)
         # an empty cell counts as a number in `numbers`, but not in `filled`
         numbers = [_number(field) is not None for field in row]
