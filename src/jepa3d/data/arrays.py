@@ -88,15 +88,15 @@ def facts_in(path: Path, labels_key: str = "labels", *more: str) -> dict[str, An
             found["label"], found["class_names"] = _classes(values, names)
         if (split := found.get("split")) is not None:
             if split.shape != (count,) or split.dtype.kind not in "iu":
-                wrong = _described(split)
-                raise ReadError(f"array split must have {count} integers, found {wrong}")
+                wrong = _found(split)
+                raise ReadError(f"array split must have {count} integers, {wrong}")
             if len(wrong := split[~np.isin(split, range(len(SPLITS)))]):
                 raise ReadError(f"values of array split must be 0, 1 or 2, found {wrong[0]}")
         return found
 
 
-def _described(values: np.ndarray) -> str:
-    return f"{values.dtype} {list(values.shape)}"
+def _found(values: np.ndarray) -> str:
+    return f"found {values.dtype} {list(values.shape)}"
 
 
 def _classes(values: np.ndarray, names: Names) -> tuple[np.ndarray, Names]:
@@ -112,8 +112,7 @@ def _classes(values: np.ndarray, names: Names) -> tuple[np.ndarray, Names]:
         return labels, tuple(map(_text, texts))
     numbers = np.nan_to_num(values, nan=-1) if values.dtype.kind == "f" else values
     if values.dtype.kind not in "iuf" or (numbers != np.floor(numbers)).any():
-        found = f"found {_described(values)}"
-        raise ReadError(f"labels must be whole numbers or names, {found}")
+        raise ReadError(f"labels must be whole numbers or names, {_found(values)}")
     labels = numbers.astype(np.int64)
     if values.dtype.kind in "iu":
         labels[values == np.iinfo(values.dtype).max] = -1
@@ -242,8 +241,9 @@ def _known(headers: Headers, labels_key: str = "labels") -> dict[str, str]:
     wanted, found = _NAMES, {}
     if labels_key != "labels":
         if labels_key not in headers:
-            have = ", ".join(name for name in headers if name.startswith("label"))
-            raise ReadError(f"has no array {labels_key!r}; arrays of labels: {have or 'none'}")
+            labels = [name for name in headers if name.startswith("label")]
+            have = ", ".join(labels) or "none"
+            raise ReadError(f"has no array {labels_key!r}; arrays of labels: {have}")
         wanted = _NAMES | {"label": (labels_key,)}
     for key, names in wanted.items():
         if name := next((name for name in names if name in headers), None):
