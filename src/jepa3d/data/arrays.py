@@ -27,7 +27,8 @@ _BLOCK = 256
 # that is more. For an NPZ, the limit is on all arrays together that are read. For an HDF5 file, it
 # is on the rows of an array that are read at a time (or on one chunk, if that is larger).
 _UNPACK_LIMIT = 50, 1 << 28
-# largest number of characters of a label or name in an HDF5 file; `_read` says why it is limited
+# largest number of characters of a label or name in an HDF5 file; `_read_texts` says why there is a
+# limit
 _MAX_TEXT = 1000
 # meaning -> names that an array with this meaning may have; if several are present, the first of
 # these names is used
@@ -296,21 +297,12 @@ def _read(path: Path, names: dict[str, str], rows: slice) -> dict[str, np.ndarra
     if path.suffix.lower() == ".npz":
         arrays = read_npz(path, set(names.values()))
         return {key: arrays[name] for key, name in names.items()}
-    h5py = io_module("h5py")
-    with h5py.File(path, "r") as file:
+    with io_module("h5py").File(path, "r") as file:
         found = {}
         for key, name in names.items():
             data = _dataset(file, name)
             if data.dtype.hasobject:
-                # HDF5 never compresses strings of variable length, so no size needs a check
-                if h5py.check_string_dtype(data.dtype) is None:
-                    raise ReadError(f"{name} holds values of varying length, not numbers")
-                texts = data.asstr()[rows]
-                # a numpy array of texts has room for the longest text in every cell, so a single
-                # long text would make it huge
-                if max(map(len, texts.flat), default=0) > _MAX_TEXT:
-                    raise ReadError(f"{name} holds a text of over {_MAX_TEXT:,} characters")
-                found[key] = texts.astype(str)
+                found[key] = _read_texts(data, name, rows)
                 continue
             # gzip compresses by a factor of at most 1032; a header that claims more than 1100 times
             # the size of the file is damaged
@@ -320,6 +312,21 @@ def _read(path: Path, names: dict[str, str], rows: slice) -> dict[str, np.ndarra
             check_unpacked(path, max(int(data.nbytes * share), chunk), *_UNPACK_LIMIT)
             found[key] = data[rows]
         return found
+
+
+def _read_texts(data: Any, name: str, rows: slice) -> np.ndarray:
+    """Read some rows of an HDF5 dataset of strings of variable length.
+
+    HDF5 never compresses such strings, so their size needs no check. Raises ReadError for values of
+    another type, and for a text of over `_MAX_TEXT` characters: a numpy array of texts has room for
+    the longest text in every cell, so a single long text would make it huge.
+    """
+    if io_module("h5py").check_string_dtype(data.dtype) is None:
+        raise ReadError(f"{name} holds values of varying length, not numbers")
+    texts = data.asstr()[rows]
+    if max(map(len, texts.flat), default=0) > _MAX_TEXT:
+        raise ReadError(f"{name} holds a text of over {_MAX_TEXT:,} characters")
+    return texts.astype(str)
 
 
 def read_array(path: Path, row: int | None) -> PointCloud:
