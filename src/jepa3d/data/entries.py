@@ -203,8 +203,8 @@ def _listed(entries: list[Entry], path: Path) -> set[str]:
     Raises ReadError if there is no such file, or if it lists a key that no entry has.
     """
     if not path.is_file():
-        allowed = "give the word folder, a fraction, or a file that lists the test clouds"
-        raise ReadError(f"--split {path}: no such file; {allowed}")
+        allowed = "the word folder, a fraction, or a file that lists the test clouds"
+        raise ReadError(f"--split {path}: no such file; give {allowed}")
     lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
     listed = {line.strip() for line in lines if line.strip()}
     if missing := listed - {entry.key for entry in entries}:
