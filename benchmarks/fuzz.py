@@ -304,7 +304,7 @@ def child(reader: str, arguments) -> None:
             escape(keep, path, counts[0] - 1, error)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            arrays._shape.cache_clear()
+            arrays._count.cache_clear()
             arrays.array_block.cache_clear()
 
 

@@ -27,7 +27,8 @@ _BLOCK = 256
 # that is more. For an NPZ, the limit is on all arrays together that are read. For an HDF5 file, it
 # is on the rows of an array that are read at a time (or on one chunk, if that is larger).
 _UNPACK_LIMIT = 50, 1 << 28
-# largest number of characters of a label or name in an HDF5 file; `_read` says why it is limited
+# largest number of characters of a label or name in an HDF5 file; `_read_texts` says why there is a
+# limit
 _MAX_TEXT = 1000
 # meaning -> names that an array with this meaning may have; if several are present, the first of
 # these names is used
@@ -50,8 +51,7 @@ def clouds_in(path: Path) -> int | None:
     if path.suffix.lower() not in ARRAY_SUFFIXES:
         return None
     with as_read_error(path):
-        shape = _shape(path, path.stat().st_mtime_ns)
-        return shape[0] if len(shape) == 3 else None
+        return _count(path, path.stat().st_mtime_ns)
 
 
 def facts_in(path: Path, labels_key: str = "labels", *more: str) -> dict[str, Any]:
@@ -89,15 +89,15 @@ def facts_in(path: Path, labels_key: str = "labels", *more: str) -> dict[str, An
             found["label"], found["class_names"] = _classes(values, names)
         if (split := found.get("split")) is not None:
             if split.shape != (count,) or split.dtype.kind not in "iu":
-                wrong = _described(split)
-                raise ReadError(f"array split must have {count} integers, found {wrong}")
+                wrong = _found(split)
+                raise ReadError(f"array split must have {count} integers, {wrong}")
             if len(wrong := split[~np.isin(split, range(len(SPLITS)))]):
                 raise ReadError(f"values of array split must be 0, 1 or 2, found {wrong[0]}")
         return found
 
 
-def _described(values: np.ndarray) -> str:
-    return f"{values.dtype} {list(values.shape)}"
+def _found(values: np.ndarray) -> str:
+    return f"found {values.dtype} {list(values.shape)}"
 
 
 def _classes(values: np.ndarray, names: Names) -> tuple[np.ndarray, Names]:
@@ -113,8 +113,7 @@ def _classes(values: np.ndarray, names: Names) -> tuple[np.ndarray, Names]:
         return labels, tuple(map(_text, texts))
     numbers = np.nan_to_num(values, nan=-1) if values.dtype.kind == "f" else values
     if values.dtype.kind not in "iuf" or (numbers != np.floor(numbers)).any():
-        found = f"found {_described(values)}"
-        raise ReadError(f"labels must be whole numbers or names, {found}")
+        raise ReadError(f"labels must be whole numbers or names, {_found(values)}")
     labels = numbers.astype(np.int64)
     if values.dtype.kind in "iu":
         labels[values == np.iinfo(values.dtype).max] = -1
@@ -243,8 +242,9 @@ def _known(headers: Headers, labels_key: str = "labels") -> dict[str, str]:
     wanted, found = _NAMES, {}
     if labels_key != "labels":
         if labels_key not in headers:
-            have = ", ".join(name for name in headers if name.startswith("label"))
-            raise ReadError(f"has no array {labels_key!r}; arrays of labels: {have or 'none'}")
+            labels = [name for name in headers if name.startswith("label")]
+            have = ", ".join(labels) or "none"
+            raise ReadError(f"has no array {labels_key!r}; arrays of labels: {have}")
         wanted = _NAMES | {"label": (labels_key,)}
     for key, names in wanted.items():
         if name := next((name for name in names if name in headers), None):
@@ -265,13 +265,14 @@ def _known(headers: Headers, labels_key: str = "labels") -> dict[str, str]:
 
 
 @lru_cache(maxsize=4)
-def _shape(path: Path, mtime: int) -> tuple[int, ...]:
-    """Return the shape of a file's points.
+def _count(path: Path, mtime: int) -> int | None:
+    """Return the number of clouds in a file; None if it is a single cloud.
 
     mtime: modification time of the file, so that the cache is not used after the file has changed.
     """
     headers = _headers(path)
-    return headers[_known(headers)["points"]][0]
+    shape, _ = headers[_known(headers)["points"]]
+    return shape[0] if len(shape) == 3 else None
 
 
 @lru_cache(maxsize=2)
@@ -296,21 +297,12 @@ def _read(path: Path, names: dict[str, str], rows: slice) -> dict[str, np.ndarra
     if path.suffix.lower() == ".npz":
         arrays = read_npz(path, set(names.values()))
         return {key: arrays[name] for key, name in names.items()}
-    h5py = io_module("h5py")
-    with h5py.File(path, "r") as file:
+    with io_module("h5py").File(path, "r") as file:
         found = {}
         for key, name in names.items():
             data = _dataset(file, name)
             if data.dtype.hasobject:
-                # HDF5 never compresses strings of variable length, so no size needs a check
-                if h5py.check_string_dtype(data.dtype) is None:
-                    raise ReadError(f"{name} holds values of varying length, not numbers")
-                texts = data.asstr()[rows]
-                # a numpy array of texts has room for the longest text in every cell, so a single
-                # long text would make it huge
-                if max(map(len, texts.flat), default=0) > _MAX_TEXT:
-                    raise ReadError(f"{name} holds a text of over {_MAX_TEXT:,} characters")
-                found[key] = texts.astype(str)
+                found[key] = _read_texts(data, name, rows)
                 continue
             # gzip compresses by a factor of at most 1032; a header that claims more than 1100 times
             # the size of the file is damaged
@@ -322,6 +314,21 @@ def _read(path: Path, names: dict[str, str], rows: slice) -> dict[str, np.ndarra
         return found
 
 
+def _read_texts(data: Any, name: str, rows: slice) -> np.ndarray:
+    """Read some rows of an HDF5 dataset of strings of variable length.
+
+    HDF5 never compresses such strings, so their size needs no check. Raises ReadError for values of
+    another type, and for a text of over `_MAX_TEXT` characters: a numpy array of texts has room for
+    the longest text in every cell, so a single long text would make it huge.
+    """
+    if io_module("h5py").check_string_dtype(data.dtype) is None:
+        raise ReadError(f"{name} holds values of varying length, not numbers")
+    texts = data.asstr()[rows]
+    if max(map(len, texts.flat), default=0) > _MAX_TEXT:
+        raise ReadError(f"{name} holds a text of over {_MAX_TEXT:,} characters")
+    return texts.astype(str)
+
+
 def read_array(path: Path, row: int | None) -> PointCloud:
     """Read a file that is one cloud, or the cloud at `row` of a file of many clouds.
 
@@ -329,8 +336,7 @@ def read_array(path: Path, row: int | None) -> PointCloud:
     Some damage raises an error of numpy, zipfile or h5py; `io.py::read` turns it into a ReadError.
     """
     mtime = path.stat().st_mtime_ns
-    shape = _shape(path, mtime)
-    count = shape[0] if len(shape) == 3 else None
+    count = _count(path, mtime)
     if row is not None and row >= (count or 0):
         held = "one cloud" if count is None else f"{count:,} clouds"
         raise ReadError(f"holds {held}, but no cloud #{row}")

@@ -5,7 +5,6 @@ them), three releases of ModelNet, ScanObjectNN, and two releases of ShapeNetPar
 benchmark is missing, the error says where the owner publishes the benchmark.
 """
 
-import io
 import json
 import pickle
 import re
@@ -47,15 +46,14 @@ def benchmark_at(root: Path, variant: str | None) -> Source | None:
     raised, and the entries of its shapes get the split None. If the file of a single shape is
     missing or damaged, the error is raised when the entry of that shape is read.
     """
+    part_lists = root.glob("train_test_split/shuffled_*_file_list.json")
     if (root / "shapenet_pc").is_dir():
         source = _shapenet55(root)
     elif any(root.glob("modelnet[14]0_shape_names.txt")):
         source = _modelnet_normals(root, variant)
     elif (root / "shape_names.txt").is_file() and any(root.glob("ply_data_*.h5")):
         source = _modelnet_hdf5(root)
-    elif any(root.glob("train_test_split/shuffled_*_file_list.json")) or (
-        (root / "synsetoffset2category.txt").is_file()
-    ):
+    elif any(part_lists) or (root / "synsetoffset2category.txt").is_file():
         source = _shapenetpart(root)
     elif not (source := _scanobjectnn(root, variant)):
         return None
@@ -318,10 +316,8 @@ def _fold(path: Path, mtime: int) -> dict[str, list]:
     # `mtime` (the time of the file's last change) is a part of the cache's key, so that a changed
     # file is read again.
     with as_read_error(path):
-        try:
-            fold = _ArraysOnly(io.BytesIO(path.read_bytes())).load()
-        except pickle.UnpicklingError as error:
-            raise ReadError(f"damaged or not a pickle ({error})") from error
+        with path.open("rb") as file:
+            fold = _ArraysOnly(file).load()
         if not isinstance(fold, dict) or not {"train", "test"} <= set(fold):
             raise ReadError("a few-shot fold must be a dict with lists train and test")
         return fold

@@ -22,14 +22,12 @@ from jepa3d.data.io import read
 from jepa3d.data.store import SPLITS
 from jepa3d.plain import log, printable
 
-# split -> names of folders that hold this split, separated by spaces
-_NAMES = {
-    "train": "train training",
-    "test": "test testing",
-    "val": "val valid validation validate dev eval",
-}
 # name of a folder, in lower case -> split
-SPLIT_OF = {name: split for split, names in _NAMES.items() for name in names.split()}
+SPLIT_OF = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("test", "testing"), "test"),
+    **dict.fromkeys(("val", "valid", "validation", "validate", "dev", "eval"), "val"),
+}
 # prefixes and suffixes that the name of a split folder may have: 01_train, Test Set, train_data
 _ADDED = re.compile(r"^\d+[ _-]+|[ _-]*(set|data|split)$")
 
@@ -205,8 +203,8 @@ def _listed(entries: list[Entry], path: Path) -> set[str]:
     Raises ReadError if there is no such file, or if it lists a key that no entry has.
     """
     if not path.is_file():
-        allowed = "give the word folder, a fraction, or a file that lists the test clouds"
-        raise ReadError(f"--split {path}: no such file; {allowed}")
+        allowed = "the word folder, a fraction, or a file that lists the test clouds"
+        raise ReadError(f"--split {path}: no such file; give {allowed}")
     lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
     listed = {line.strip() for line in lines if line.strip()}
     if missing := listed - {entry.key for entry in entries}:

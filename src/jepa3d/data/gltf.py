@@ -32,6 +32,7 @@ _LOOKS = re.compile(
     r"(KHR|EXT|MSFT|ADOBE)_(materials|technique|texture|lights|xmp|animation|audio)\w*"
 )
 _DRACO, _MESHOPT = "KHR_draco_mesh_compression", "meshopt_compression"
+_UNREAD = "extension {} is not read: save the file without it"
 
 
 def read_gltf(path: Path, folder: Path) -> PointCloud:
@@ -48,15 +49,16 @@ class _Scene:
 
     def __init__(self, path: Path, folder: Path):
         data = path.read_bytes()
-        packed = data[:4] == b"glTF"
-        self.folder, (data, self.binary) = folder, _chunks(data) if packed else (data, b"")
+        self.folder, self.binary = folder, b""
+        if data[:4] == b"glTF":
+            data, self.binary = _chunks(data)
         self.json: dict[str, Any] = json.loads(data)
         version = str(self.json["asset"]["version"])
         if version.split(".")[0] != "2":
             raise ReadError(f"is glTF {version}, but only glTF 2.0 is read")
         for name in self.json.get("extensionsRequired", ()):
             if name not in _GEOMETRY and not _LOOKS.fullmatch(name):
-                raise ReadError(f"extension {name} is not read: save the file without it")
+                raise ReadError(_UNREAD.format(name))
         self.nodes: list[dict] = self.json.get("nodes", [])
         # node in the scene -> matrix [4, 4] from its coordinates to those of the scene
         self.places: dict[int, np.ndarray] = {}
@@ -212,12 +214,11 @@ class _Scene:
     def _check_packed(self, primitive: dict, i: int) -> None:
         """Raise ReadError if accessor `i` is compressed or holds face indices without a buffer."""
         accessor = self.json["accessors"][i]
-        draco = _DRACO in primitive.get("extensions", {})
-        empty = accessor["count"] and not {"bufferView", "sparse"} & accessor.keys()
-        if empty and (draco or i == primitive.get("indices")):
-            if not draco:
+        if accessor["count"] and not {"bufferView", "sparse"} & accessor.keys():
+            if _DRACO in primitive.get("extensions", {}):
+                raise ReadError(_UNREAD.format(_DRACO))
+            if i == primitive.get("indices"):
                 raise ReadError("has face indices without a buffer, which are not read")
-            raise ReadError(f"extension {_DRACO} is not read: save the file without it")
 
     # ------------------------------------------------------------------------------------ accessors
 
@@ -232,10 +233,9 @@ class _Scene:
         kind = np.dtype(_KINDS[accessor["componentType"]])
         if not 0 <= count <= _MAX_VALUES:
             raise ReadError(f"accessor {i} has {count:,} values, over {_MAX_VALUES:,}")
+        values = np.zeros((count, width), kind)
         if "bufferView" in accessor:
             values = self._view(accessor, count, width, kind)
-        else:
-            values = np.zeros((count, width), kind)
         if sparse := accessor.get("sparse"):
             at = np.dtype(_KINDS[sparse["indices"]["componentType"]])
             where = self._view(sparse["indices"], sparse["count"], 1, at)[:, 0]
@@ -255,7 +255,7 @@ class _Scene:
         offset = where.get("byteOffset", 0)
         for name in view.get("extensions", {}):
             if name.endswith(_MESHOPT):
-                raise ReadError(f"extension {name} is not read: save the file without it")
+                raise ReadError(_UNREAD.format(name))
         begin, size = view.get("byteOffset", 0), width * kind.itemsize
         stride = view.get("byteStride", 0) or size
         end = begin + view["byteLength"]

@@ -108,14 +108,13 @@ def mesh(vertices: np.ndarray, faces: np.ndarray, **attributes) -> PointCloud:
     vertex that does not exist, and as `PointCloud.make` does.
     """
     _check_range(faces, len(vertices))
-    attributes["faces"] = faces if len(faces) else None
-    return PointCloud.make(vertices, **attributes)
+    return PointCloud.make(vertices, faces=faces if len(faces) else None, **attributes)
 
 
 def _check_range(corners: np.ndarray, count: int) -> None:
     if len(corners) and (corners.min() < 0 or corners.max() >= count):
         wrong = corners.max() if corners.max() >= count else corners.min()
-        raise ReadError(f"a face names vertex {int(wrong)}; allowed are 0 to {count - 1}")
+        raise ReadError(f"a face names vertex {wrong}; allowed are 0 to {count - 1}")
 
 
 def triangles(points: np.ndarray, sizes: np.ndarray, corners: np.ndarray) -> np.ndarray:
@@ -333,6 +332,6 @@ def _stl_in_text(text: bytes) -> np.ndarray:
     corners = Rows(b"\n".join(_CORNER.findall(text))).numbers()[0].reshape(-1, 3)
     facets = text.count(b"endfacet")
     if len(corners) != 3 * facets or text.rfind(b"endsolid") < text.rfind(b"endfacet"):
-        counts = f"{facets} whole facets with {len(corners)} vertices"
-        raise ReadError(f"truncated or damaged: {counts} (needs 3 each), or no endsolid")
+        counts = f"{facets} whole facets with {len(corners)} vertices (needs 3 each)"
+        raise ReadError(f"truncated or damaged: {counts}, or no endsolid")
     return corners

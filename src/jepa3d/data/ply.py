@@ -193,8 +193,7 @@ def _typed(values: np.ndarray, kind: np.dtype) -> np.ndarray:
 
     They stay as they are if the type is no integer, or if a number does not fit it.
     """
-    with np.errstate(invalid="ignore"):
-        typed = values.astype(kind)
+    typed = values.astype(kind)
     return typed if kind.kind != "f" and (typed == values).all() else values
 
 

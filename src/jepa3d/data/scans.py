@@ -79,8 +79,7 @@ def _pcd_row(header: dict[str, list[str]]) -> tuple[np.dtype, int]:
     names = header.get("FIELDS", header.get("COLUMNS", []))
     every = {"SIZE": [], "TYPE": ["F"] * len(names), "COUNT": ["1"] * len(names)}
     every = {"FIELDS": names} | {key: header.get(key, of) for key, of in every.items()}
-    counts = [len(values) for values in every.values()]
-    if not names or len(set(counts)) > 1:
+    if not names or len({len(values) for values in every.values()}) > 1:
         found = ", ".join(f"{len(values)} {key}" for key, values in every.items())
         raise ReadError(f"damaged or not a PCD file: its header has {found}")
     keys = ("POINTS", "WIDTH", "HEIGHT")
@@ -124,8 +123,7 @@ def _pcd_ascii(file: IO[bytes], first: int, row: np.dtype, count: int) -> Column
         raise ReadError(f"{state}: {len(rows):,} points, but its header says {count:,}")
     found = dict(zip(order, rows.T, strict=True))
     for name, values in found.items():
-        with np.errstate(invalid="ignore", over="ignore"):
-            typed = values.astype(row[name])
+        typed = values.astype(row[name])
         if row[name].kind == "f" or (typed == values).all():
             found[name] = typed
     return found
@@ -199,11 +197,9 @@ def las_rows(path: Path, names: Sequence[str] = "xyz") -> Iterator[np.ndarray]:
     """
     for records in las_records(path):
         have = {*"xyz", *records.point_format.dimension_names}
-        columns = np.full((len(records), len(names)), np.nan)
-        for i, name in enumerate(names):
-            if name in have:
-                columns[:, i] = records[name]
-        yield columns
+        missing = np.full(len(records), np.nan)
+        columns = [records[name] if name in have else missing for name in names]
+        yield np.stack(columns, 1)
 
 
 def read_las(path: Path) -> PointCloud:
@@ -224,15 +220,12 @@ def read_e57(path: Path) -> PointCloud:
     """
     pye57 = io_module("pye57")
     try:
-        file = pye57.E57(str(path))
-        try:
+        with pye57.E57(str(path)) as file:
             counts = [file.get_header(i).point_count for i in range(file.scan_count)]
             # a point takes at least one bit
             check_claim(path, max(counts, default=0), 8)
             filled = [i for i, count in enumerate(counts) if count]
             scans = [file.read_scan(i, ignore_missing_fields=True) for i in filled]
-        finally:
-            file.close()
     except pye57.libe57.E57Exception as error:
         raise ReadError(f"damaged or not an E57 file ({first_line(error)})") from error
     if not scans:
@@ -303,9 +296,8 @@ def read_bin(path: Path, columns: tuple[str, ...] | None) -> PointCloud:
         raise ReadError(NO_COLUMNS)
     size, width = path.stat().st_size, len(columns)
     if size % (4 * width):
-        raise ReadError(
-            f"{size:,} bytes are not whole rows of {width} float32 values; does --columns name all columns?"
-        )
+        wrong = f"{size:,} bytes are not whole rows of {width} float32 values"
+        raise ReadError(f"{wrong}; does --columns name all columns?")
     names = tuple(map(str.lower, columns))
     chosen = [names.index(name) for name in coordinate_columns(names, None)]
     return PointCloud.make(np.fromfile(path, "<f4").reshape(-1, width)[:, chosen])

@@ -100,21 +100,21 @@ class Table:
         Also raises ReadError if a header does not fit the rows, and as `coordinate_columns` does.
         """
         row = _fields(self._first, self.mark)
+        width = len(row)
+        have = f"{self._where} has {width} columns"
         xyz = columns if columns and len(columns) == 3 else None
         names = self._names(row, xyz)
         if not names:
             named = len(columns or "xyz")
-            if columns and named != len(row) > 3:
-                counts = f"has {len(row)} columns and no header, but --columns names {named}"
-                raise ReadError(f"{self._where} {counts}")
-            names = tuple(map(_plain, columns if columns and named == len(row) else "xyz"))
+            if columns and named != width > 3:
+                raise ReadError(f"{have} and no header, but --columns names {named}")
+            names = tuple(map(_plain, columns if columns and named == width else "xyz"))
             # three other names, such as "east north height", mean x, y and z in this order
             xyz = names if named == 3 and {*names} != {*"xyz"} else None
         xyz = coordinate_columns(names, xyz)
         found = dict(zip("xyz", map(names.index, xyz), strict=True))
-        if max(found.values()) >= (width := len(row)):
-            counts = f"has {width} columns, but the header names {len(names)}"
-            raise ReadError(f"{self._where} {counts}")
+        if max(found.values()) >= width:
+            raise ReadError(f"{have}, but the header names {len(names)}")
         cells = dict(zip(names, row, strict=False))
         numbers = {name for name, cell in cells.items() if _number(cell) is not None}
         others = _ATTRIBUTES & (numbers - {*xyz})
@@ -172,9 +172,11 @@ class Table:
         self.mark = delimiter_of(text)
         above = self._above[-1][1].split("\t") if self._above else []
         cells = line.strip("\r\n ").split("\t")
-        gaps = len(cells) == len(above) >= 3 and not any(" " in cell.strip() for cell in cells)
-        if self.mark is None and gaps and all(map(str.strip, above)):
-            self.mark = "\t"  # below a header with as many tabs, two tabs enclose an empty cell
+        named = len(cells) == len(above) >= 3 and all(map(str.strip, above))
+        spaced = any(" " in cell.strip() for cell in cells)
+        if self.mark is None and named and not spaced:
+            # below a header with as many tabs, two tabs enclose an empty cell
+            self.mark = "\t"
         row = _fields(line, self.mark)
         # an empty cell counts as a number in `numbers`, but not in `filled`
         numbers = [_number(field) is not None for field in row]
