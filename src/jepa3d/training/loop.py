@@ -59,8 +59,10 @@ class Task:
     # metrics(output): docs/extending.md.
     objective: Any
     schedule: Schedule
-    export: str  # the sub-folder of the run that gets the module: encoder, dvae or model
-    module: Any  # the module to save: PointEncoder, DVAE, Classifier, LinearClassifier or Segmenter
+    # the sub-folder of the run that gets the module: encoder, dvae or model
+    export: str
+    # the module to save: PointEncoder, DVAE, Classifier, LinearClassifier or Segmenter
+    module: Any
     # whether the loop augments the points; False if the objective augments its views itself
     augments: bool = True
     # a function of shape indices that returns these shapes' labels or cached teacher targets
@@ -100,9 +102,10 @@ def fit(
     # first, such as its teacher; see pretrain.py) may have run in this process before, with another
     # precision.
     AcceleratorState._reset_state()
-    tracked = engine.tracker(config.track, run)
+    # None, since Accelerate warns if it gets an empty list
+    tracked = engine.tracker(config.track, run) or None
     accelerator = Accelerator(
-        cpu=engine.ON_CPU, mixed_precision=precision, log_with=tracked or None, project_dir=run
+        cpu=engine.ON_CPU, mixed_precision=precision, log_with=tracked, project_dir=run
     )
     if tracked:
         accelerator.init_trackers("jepa3d", engine.plain_settings(to_dict(config)))
@@ -189,7 +192,8 @@ def fit(
     repeatable = can_repeat(config, accelerator.num_processes, accelerator.device)
     graphs = Repeated(forward_backward, objective) if repeatable else None
     batches = read_ahead(read, range(first_step, total))
-    with _stop_signals() as signals, reporter, ExitStack() as cleanup:
+    with _stop_signals() as signals, ExitStack() as cleanup:
+        cleanup.callback(reporter.bar.close)
         cleanup.callback(batches.close)
         for tracking in accelerator.trackers:
             cleanup.callback(tracking.finish)  # also when interrupted
@@ -227,8 +231,9 @@ def fit(
 
             state["step"] = step = step + 1
             snapshot = config.snapshot_every and step % config.snapshot_every == 0
-            epochs = [at * schedule.batch_size // len(clouds) for at in (step - 1, step)]
-            scored = task.scorer and (step == total or epochs[1] > epochs[0])
+            # the number of samples since an epoch ended is below a batch: it ended in this step
+            epoch_ended = step * schedule.batch_size % len(clouds) < schedule.batch_size
+            scored = task.scorer and (step == total or epoch_ended)
             if step % config.log_every == 0 or step in (1, total) or snapshot or scored:
                 metrics = {
                     "loss": check_finite(accelerator.reduce(loss, "mean").item()),
@@ -251,8 +256,7 @@ def fit(
                 raise Interrupted(f"stopped at step {step:,} of {total:,}, saved")
         # ------------------------------------------------------------------------------------------
     final = {"metrics": reporter.last_metrics, "mixed_precision": precision}
-    final |= {"step_seconds": reporter.step_seconds, "step_cpu_seconds": reporter.step_cpu_seconds}
-    return reporter.stamp(state) | final
+    return reporter.stamp(state) | reporter.step_cost | final
 
 
 def read_ahead(read: Callable[[int], Any], steps: range) -> Generator[Any]:

@@ -73,23 +73,19 @@ class Progress:
         # precision is faster and whether compiling helps
         self.start_state, self.start_clock = dict(state), start_clock
         self.last_metrics: dict[str, float] = {}
-        # Seconds per step, averaged over the steps since the previous log.
-        self.step_seconds = self.step_cpu_seconds = 0.0
+        # wall and CPU seconds per step, averaged over the steps since the previous log
+        self.step_cost = {"step_seconds": 0.0, "step_cpu_seconds": 0.0}
         self.last_log = {"step": state["step"]} | clock()
-        options: dict[str, Any] = {"total": total, "initial": state["step"], "bar_format": BAR}
-        options |= {"leave": True, "delay": 0} if shown else {"disable": True}
-        self.bar = progress_bar(**options)
+        look: dict[str, Any] = {"bar_format": BAR, "leave": True, "delay": 0}
+        if not shown:
+            look["disable"] = True
+        self.bar = progress_bar(total=total, initial=state["step"], **look)
         if path and shown and path.exists():
             lines = Run(path.parent).metrics
             kept = [line for line in lines if line["step"] <= state["step"]]
-            write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+            text = "".join(json.dumps(line) + "\n" for line in kept)
+            write_bytes(path, text.encode())
             self.last_metrics = kept[-1] if kept else {}
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.bar.close()
 
     def stamp(self, state: dict) -> dict:
         """Return `state` with the run's time and peak memory so far, including the time and memory
@@ -103,15 +99,17 @@ class Progress:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Show the metrics of a step, and append them to metrics.jsonl."""
         spent, steps = spent_since(self.last_log), max(1, step - self.last_log["step"])
-        self.step_seconds = spent["wall_seconds"] / steps
-        self.step_cpu_seconds = spent["cpu_seconds"] / steps
+        self.step_cost["step_seconds"] = spent["wall_seconds"] / steps
+        self.step_cost["step_cpu_seconds"] = spent["cpu_seconds"] / steps
         self.last_log = {"step": step} | clock()
         if not self.shown:
             return
         cost, start = self.stamp({}), self.start_state
-        step_seconds = (cost["wall_seconds"] - start["wall_seconds"]) / (step - start["step"])
+        elapsed = cost["wall_seconds"] - start["wall_seconds"]
+        step_seconds = elapsed / (step - start["step"])
         rate, left = self.batch_size / step_seconds, (self.total - step) * step_seconds
-        self.last_metrics = {"step": step, **metrics, "samples_per_second": rate, **cost}
+        throughput = {"samples_per_second": rate}
+        self.last_metrics = {"step": step} | metrics | throughput | cost
         if self.path:
             with naming(self.path), self.path.open("a") as file:
                 file.write(json.dumps(self.last_metrics) + "\n")
