@@ -45,7 +45,8 @@ def _of_encoder(encoder: settings.EncoderConfig) -> Iterator[str]:
 
 
 def _of_pretraining(config: settings.PretrainConfig) -> Iterator[str]:
-    encoder, dvae, target, teacher = config.encoder, config.dvae, config.target, config.teacher
+    encoder, dvae = config.encoder, config.dvae
+    target, teacher = config.target, config.teacher
     groups, used = encoder.num_groups, (config.objective, *config.stages)
     check_choice("objective", config.objective, ("jepa", *settings.STAGE_ONE))
     check_choice("sampler.name", config.sampler.name, settings.SAMPLERS)
@@ -145,16 +146,15 @@ def departures(config: settings.PretrainConfig, num_shapes: int) -> dict[str, tu
     # Without SIGReg, the number of its slices has no effect.
     if not config.target.sigreg:
         del ours["target"]["num_slices"]
-    if config.objective in settings.STAGE_ONE:  # these objectives do not use the next settings
+    if config.objective in settings.STAGE_ONE:
+        # these objectives do not use the next settings
         for key in ("sampler", "decoder", "target", "teacher", "init"):
             del ours[key]
-    # The schedule of the run's own objective is compared once, at the top level, and not again in
-    # the group of the objective. Groups of objectives that the run does not train are ignored.
-    for name in settings.STAGE_ONE:
-        if name == config.objective:
-            ours[name] = {
-                key: value for key, value in ours[name].items() if key not in settings.SCHEDULE
-            }
-        elif name not in config.stages:
-            del ours[name]
+        # The schedule of the run's own objective is compared once, at the top level, and not again
+        # in the group of the objective.
+        for key in settings.SCHEDULE:
+            del ours[config.objective][key]
+    # Groups of objectives that the run does not train are ignored.
+    for name in set(settings.STAGE_ONE) - {config.objective, *config.stages}:
+        del ours[name]
     return differences(ours, paper)
