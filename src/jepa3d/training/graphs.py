@@ -47,12 +47,12 @@ class Repeated:
     def __init__(self, run: Callable[[Tensor, BatchGenerator], Any], model: nn.Module):
         self.run, self.model, self.recorded = run, model, {}
         # The random streams that choose tensor sizes, each with the number of sizes that it chooses
-        # from; None before the first recording.
-        self.sizes: dict[str, int] | None = None
+        # from; empty before the first recording.
+        self.sizes: dict[str, int] = {}
         self.pool = None
 
     def __call__(self, points: Tensor, generator: BatchGenerator) -> Any:
-        key = None if self.sizes is None else self._key(points, generator)
+        key = self._key(points, generator)
         if key not in self.recorded:
             draws = RepeatedDraws(generator.seed, generator.step)
             recorded = self._record(points, draws)
@@ -71,7 +71,6 @@ class Repeated:
         """Return what decides the tensor sizes of a step: the shape of the batch, and the choices
         that the random streams make.
         """
-        assert self.sizes is not None
         sizes = []
         for name, count in self.sizes.items():
             stream = BatchGenerator(generator.seed, generator.step, stream=name)
@@ -84,7 +83,8 @@ class Repeated:
         The warm-up changes the model's buffers; they are restored at the end.
         """
         device = torch.get_device_module(points.device)
-        inputs, saved = points.clone(), [buffer.clone() for buffer in self.model.buffers()]
+        inputs = points.clone()
+        saved = [buffer.clone() for buffer in self.model.buffers()]
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         side_stream = device.Stream()
         side_stream.wait_stream(device.current_stream())
