@@ -204,7 +204,8 @@ class Comparison:
             changed = plain_settings(values["overrides"]).items()
             changes = ", ".join(f"{name} {value}" for name, value in changed) or "-"
             rate, steps = f"{values['lr']:g}", f"{values['steps']:,}"
-            lines.append([arm, changes, rate, steps, str(values["settings"]["batch_size"])])
+            batch = str(values["settings"]["batch_size"])
+            lines.append([arm, changes, rate, steps, batch])
         columns = ["arm", "its own settings", "lr", "steps", "batch"]
         title = f"{record['title']}; reference: {record['reference']}"
         for dataset, name in self.names.items():
@@ -268,7 +269,8 @@ class Comparison:
         # `clouds_of` (pretrain.py) reads twice as many points if the objective also predicts a
         # vector from a damaged view of the cloud (the setting `target.view`)
         viewed = config.objective == "jepa" and config.target.view > 0
-        key = config.data, config.split, config.up_axis, viewed, config.encoder.num_points
+        size = config.encoder.num_points
+        key = config.data, config.split, config.up_axis, viewed, size
         if key not in self.clouds:
             self.clouds[key] = clouds_of(config, config.objective)
         return self.clouds[key]
@@ -329,8 +331,10 @@ class Comparison:
         source, key, axis = dataset
         data: dict[str, Any] = {"data": source, "labels_key": key, "up_axis": axis}
         for seed, run in self._runs(arm).items():
-            folder, init = run / f"finetuned-{name}-{self.part}-{shapes.key}", str(run / name)
-            if folder.exists():  # the path of `out` may have been written in another way
+            folder = run / f"finetuned-{name}-{self.part}-{shapes.key}"
+            init = str(run / name)
+            # in an earlier call, the path of `out` may have been written in another way
+            if folder.exists():
                 init = Run(folder).config["init"]
             config = replace(self.grid.finetune, **data, init=init, seed=seed)
             with self._quiet():
