@@ -83,8 +83,7 @@ def check_unchanged(config: Any, out: Path) -> None:
     if written not in (None, sha256_of(file)):
         found = "is missing, damaged or edited"
         raise ValueError(f"{file} {found}: its checksum differs from that in run.json")
-    before = {key: value for key, value in Run(out).config.items() if key != "task"}
-    if changed := differences(read_by(to_dict(config)), read_by(before)):
+    if changed := differences(read_by(to_dict(config)), read_by(Run(out).config)):
         name, (now, then) = next(iter(changed.items()))
         found = f"was started with {name} = {then}, not {now}"
         raise ValueError(f"{out} {found}; --resume cannot change it")
@@ -122,8 +121,8 @@ def check_same_data(clouds: PointClouds, out: Path) -> None:
     before = Run(out).record["data"]
     if (clouds.fingerprint, len(clouds)) != (before["fingerprint"], before["shapes"]):
         now = f"now {clouds.name} with {len(clouds)} shapes"
-        then = f"then {before['name']} with {before['shapes']} shapes"
-        raise ValueError(f"{out}: the data changed since the run started: {then}, {now}")
+        found = f"then {before['name']} with {before['shapes']} shapes, {now}"
+        raise ValueError(f"{out}: the data changed since the run started: {found}")
 
 
 def create(
@@ -176,9 +175,8 @@ def check_batch(config: RunConfig, name: str, size: int) -> None:
     needed = 4 * size // accumulate * (tokens + 3 * encoder.num_points)
     if needed > memory:
         what = f"{name} {size} needs at least {needed / 1e9:,.0f} GB, but this machine has {memory / 1e9:,.0f}"
-        raise ValueError(
-            f"{what} GB of memory; lower batch_size or raise accumulate ({accumulate})"
-        )
+        hint = f"lower batch_size or raise accumulate ({accumulate})"
+        raise ValueError(f"{what} GB of memory; {hint}")
     processes = PartialState(cpu=ON_CPU).num_processes
     if size % (processes * accumulate):
         factor = f" x accumulate ({accumulate})" if accumulate > 1 else ""
