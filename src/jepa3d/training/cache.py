@@ -94,8 +94,9 @@ class CachedTargets:
             self._open(index_of)
         # All processes wait here, since `_open` may replace the record that they read next.
         state.wait_for_everyone()
-        record = self._record()
-        start = clock()
+        record, start = self._record(), clock()
+        # as if the time that earlier calls took lay just before this call
+        start_of_all = {name: start[name] - spent for name, spent in record["cost"].items()}
         teacher = teacher.to(state.device)
         local, total = size // state.num_processes, -(-count // size)
         rows = slice(state.process_index * local, (state.process_index + 1) * local)
@@ -118,15 +119,12 @@ class CachedTargets:
                     done = batch + 1
                     if self.folder and (done % SAVE_EVERY == 0 or done == total):
                         cast(np.memmap, self.rows).flush()
-                        spent, before = spent_since(start), record["cost"]
-                        cost = {name: before[name] + value for name, value in spent.items()}
-                        new_record = {"batches": done, "cost": cost}
-                        write_checked(self.folder / "run.json", new_record)
+                        record = {"batches": done, "cost": spent_since(start_of_all)}
+                        write_checked(self.folder / "run.json", record)
         except KeyboardInterrupt as error:
-            found = f"they are saved every {SAVE_EVERY} batches"
-            raise Interrupted(
-                f"stopped while computing targets of the frozen teachers; {found}"
-            ) from error
+            problem = "stopped while computing targets of the frozen teachers"
+            hint = f"they are saved every {SAVE_EVERY} batches"
+            raise Interrupted(f"{problem}; {hint}") from error
         state.wait_for_everyone()
         if todo and state.is_main_process:
             written, spent = self.rows.nbytes / 1e6, spent_since(start)
