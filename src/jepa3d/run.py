@@ -17,6 +17,7 @@ further files.
 """
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,15 +103,14 @@ class Run:
         """The metrics of the logged steps, oldest first; empty if there are none. Damaged lines,
         such as a line that was cut off when the run was killed, are left out.
         """
-        lines, file = [], self.folder / "metrics.jsonl"
-        for text in file.read_text(errors="replace").splitlines() if file.exists() else ():
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue
-            if isinstance(line, dict) and isinstance(line.get("step"), int):
-                lines.append(line)
-        return lines
+        found, file = [], self.folder / "metrics.jsonl"
+        lines = file.read_text(errors="replace").splitlines() if file.exists() else []
+        for line in lines:
+            with suppress(ValueError):
+                values = json.loads(line)
+                if isinstance(values, dict) and isinstance(values.get("step"), int):
+                    found.append(values)
+        return found
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -134,10 +134,10 @@ class Run:
     @property
     def engine(self) -> dict[str, Any] | None:
         """Precision, compilation and device, as chosen when the run began; None if not stored."""
-        if found := self.record.get("engine"):
-            return found
-        file = self.folder / "engine.json"  # version 0.1.0 stored them there
-        return read_checked(file, "mixed_precision", "compile") if file.exists() else None
+        found, file = self.record.get("engine"), self.folder / "engine.json"
+        if not found and file.exists():  # version 0.1.0 stored them there
+            found = read_checked(file, "mixed_precision", "compile")
+        return found
 
     @property
     def checkpoint(self) -> Path | None:
