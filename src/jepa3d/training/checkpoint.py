@@ -31,7 +31,8 @@ def replace_folder(path: Path, write: Callable[[Path], object], new: bool = Fals
     complete new one, unless the kill came between the two renames. In this case `path` is missing,
     and `put_back` restores the old folder.
     """
-    partial, old = (path.with_name(f".{path.name}.{state}") for state in ("partial", "old"))
+    partial = path.with_name(f".{path.name}.partial")
+    old = path.with_name(f".{path.name}.old")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
@@ -146,7 +147,8 @@ _READ: dict[str, Callable[[Path], dict[str, Any]]] = {
 
 def _check_fit(checkpoint: Path, weights: dict[str, Any], expected: dict[str, Any]) -> None:
     """Raise ValueError unless the weights have the expected names and shapes."""
-    shapes, wanted = ({(k, v.shape) for k, v in found.items()} for found in (weights, expected))
-    if wrong := {name for name, _ in shapes ^ wanted}:
-        found = f"{len(wrong)} weights differ in name or shape, for example {min(wrong)}"
-        raise ValueError(f"{checkpoint} does not fit this model: {found}")
+    found = {(name, value.shape) for name, value in weights.items()}
+    wanted = {(name, value.shape) for name, value in expected.items()}
+    if wrong := {name for name, _ in found ^ wanted}:
+        problem = f"{len(wrong)} weights differ in name or shape, for example"
+        raise ValueError(f"{checkpoint} does not fit this model: {problem} {min(wrong)}")
