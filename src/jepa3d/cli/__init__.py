@@ -21,7 +21,8 @@ from jepa3d.run import Run
 app = cyclopts.App(
     name="jepa3d",
     help="Self-supervised learning on 3D point clouds with 3D-JEPA (arXiv 2409.15803).",
-    version=lambda: jepa3d.__version__,  # a function, since finding the version takes a while
+    # a function, since finding the version takes a while
+    version=lambda: jepa3d.__version__,
     help_format="markdown",  # unlike plaintext, it joins the lines of a paragraph
     default_parameter=Parameter(negative_iterable=(), consume_multiple=True),
     suppress_keyboard_interrupt=False,
@@ -31,7 +32,8 @@ for command in (
     *(finetuning.classify, finetuning.segment, finetuning.fewshot, finetuning.predict),
     *(evaluating.probe, evaluating.curve, evaluating.results, evaluating.retrieval),
     *(evaluating.compare, evaluating.report),
-    *(using.embed, using.index, using.search, using.label, using.scene, using.view, using.export),
+    *(using.embed, using.index, using.search, using.label),
+    *(using.scene, using.view, using.export),
 ):
     app.command(command)
 

@@ -100,7 +100,8 @@ def probe(
         how = None if layer == "best" else int(layer), pooling, names, part, quick
         result = probing.probe(runs, *dataset, *how)
         show(probing.sheets(result, per_class))
-    words = [labels_key, f"up-{up_axis}", f"layer{layer}", pooling, *(protocols or ()), part]
+    words = [labels_key, f"up-{up_axis}", f"layer{layer}", pooling]
+    words += [*(protocols or ()), part]
     usual = ("labels", "up-z", "layerbest", "mean_max", "test")
     special = [word for word in words if word not in usual]
     special += ["quick"] * quick + ["corruptions"] * corruptions + ["parts"] * parts
@@ -192,9 +193,8 @@ def results(
     from jepa3d.plain import write_bytes
 
     if not runs and not published:
-        raise ValueError(
-            "results of which runs? Give folders, or --published for the published tables alone"
-        )
+        hint = "Give folders, or --published for the published tables alone"
+        raise ValueError(f"results of which runs? {hint}")
     if choose is not None and not runs:
         raise ValueError(f"--choose {choose}: needs runs to choose from")
     sheets = tables(list(runs), choose) if runs else []

@@ -22,7 +22,8 @@ def going_on_with(command: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stop:
-        if not str(stop):  # without a message, nothing was saved, so nothing can be continued
+        # without a message, nothing was saved, so nothing can be continued
+        if not str(stop):
             raise
         raise KeyboardInterrupt(f"{stop}; continue with{command}") from None
 
@@ -119,9 +120,8 @@ def prepare(
         reader,
     )
     for store in run(source, out, options, workers, strict):
-        print(
-            f"see it with: jepa3d info {store}; train on it with: jepa3d pretrain --data {store} --out RUN"
-        )
+        training = f"jepa3d pretrain --data {store} --out RUN"
+        print(f"see it with: jepa3d info {store}; train on it with: {training}")
 
 
 def pretrain(
