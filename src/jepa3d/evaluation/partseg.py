@@ -33,7 +33,7 @@ def category_parts(
         ids = np.asarray(parts[rows])
         observed = np.flatnonzero(np.bincount(ids[ids != UNLABELLED]))
         if len(named) and len(other := np.setdiff1d(observed, named)):
-            name = part_names[other[0]] if other[0] < len(part_names) else "without a name"
+            name = dict(enumerate(part_names)).get(other[0], "without a name")
             problem = f"a shape of {category} has part {other[0]} ({name})"
             raise ValueError(f"{problem}, but the parts of {category} are {named.tolist()}")
         found.append(named if len(named) else observed)
