@@ -77,9 +77,8 @@ def probe_parts(models: list[str], dataset: LabelledSet, part: Part = "test") ->
             held = train.subset(held_out)
         assert test.parts is not None
         assert held.parts is not None
-        parts_of = [np.array(parts) for parts in shapes.parts_of]
-        truth = test.parts[:], shapes.y_test, parts_of
-        held_truth = held.parts[:], np.asarray(held.labels), parts_of
+        truth = test.parts[:], shapes.y_test, shapes.parts_of
+        held_truth = held.parts[:], np.asarray(held.labels), shapes.parts_of
         rows: dict[str, Features] = {model: partial(token_features, encoder)}
         if model == models[0]:
             rows["untrained"] = partial(token_features, untrained_like(encoder, train))
