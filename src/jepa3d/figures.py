@@ -24,7 +24,7 @@ from jepa3d.evaluation.curve import Curve
 from jepa3d.evaluation.paired import METRICS, Row
 from jepa3d.models.tokenizer import group
 from jepa3d.objectives.jepa import make_sampler
-from jepa3d.ops import BatchGenerator
+from jepa3d.ops import BatchGenerator, unit_sphere
 from jepa3d.run import Run
 
 Target = Path | BinaryIO
@@ -162,8 +162,7 @@ def draw_curves(run: Path, path: Target, selected: str = "validation") -> None:
             label = _text(names.get(key, key.replace("_rankme", "").replace("_", " ")))
             marker = "." if len(at) < 40 else None
             axes.plot(*zip(*at, strict=True), label=label, marker=marker, lw=1.4)
-        axes.set(xlabel="step", ylabel=unit)
-        axes.set_ylim(bottom=0)
+        axes.set(xlabel="step", ylabel=unit, ylim=(0, None))
         axes.grid(alpha=0.25)
         axes.legend(fontsize=8)
     figure.savefig(path)
@@ -201,7 +200,8 @@ def draw_differences(rows: Sequence[Row], path: Target, title: str) -> None:
     it is worse, and grey if the verdict is undecided.
     """
     lines = list(dict.fromkeys((row.data, row.name) for row in rows if row.difference))
-    metrics = [metric for metric in METRICS if any(row.metric == metric for row in rows)]
+    scored = {row.metric for row in rows}
+    metrics = [metric for metric in METRICS if metric in scored]
     size = 3 + 2.4 * len(metrics), 1.4 + 0.28 * len(lines)
     figure = _new(*size, layout="constrained")
     grid = figure.subplots(1, len(metrics), sharey=True)
@@ -306,10 +306,8 @@ def draw_parts(
     pairs = min(2, len(points))
     rows = -(-len(points) // pairs)
     figure = _new(4.2 * pairs, 2.1 * rows)
-    for i, title in enumerate(titles):
-        cloud = points[i].astype(np.float32)
-        cloud = cloud - cloud.mean(0)
-        cloud /= np.linalg.norm(cloud, axis=1).max()
+    clouds = unit_sphere(torch.from_numpy(points.astype(np.float32))).numpy()
+    for i, (cloud, title) in enumerate(zip(clouds, titles, strict=True)):
         present = np.unique([truth[i], predicted[i]])
         sides = (truth[i], "true"), (predicted[i], "predicted")
         for side, (parts, name) in enumerate(sides):

@@ -21,19 +21,16 @@ from jepa3d.training.engine import named
 from jepa3d.training.runs import outcome
 
 _DRAWN = 60  # a contact sheet shows at most this many shapes
-# How a run's cost is printed: key in the cost -> divisor, number format, and unit in words. Stage I
-# is the training of networks that the run needs first, such as a teacher (run.py).
-_UNITS: dict[str, tuple[float, str, str]] = {
-    "step": (1, ",.0f", "steps"),
-    "cpu_seconds": (60, ".1f", "CPU-minutes"),
-    "wall_seconds": (60, ".1f", "minutes"),
-    "peak_memory": (2**30, ".2f", "GiB of memory at the peak"),
-    "stage1_cpu_seconds": (
-        60,
-        ".1f",
-        "CPU-minutes before the first step (stage I, cached targets)",
-    ),
-}
+# How a run's cost is printed: key in the cost, divisor, and text. Stage I is the training of
+# networks that the run needs first, such as a teacher (run.py).
+_STAGE_I = "{:.1f} CPU-minutes before the first step (stage I, cached targets)"
+_COSTS: list[tuple[str, float, str]] = [
+    ("step", 1, "{:,.0f} steps"),
+    ("cpu_seconds", 60, "{:.1f} CPU-minutes"),
+    ("wall_seconds", 60, "{:.1f} minutes"),
+    ("peak_memory", 2**30, "{:.2f} GiB of memory at the peak"),
+    ("stage1_cpu_seconds", 60, _STAGE_I),
+]
 
 
 def describe(
@@ -125,11 +122,7 @@ def run_facts(run: Run) -> dict[str, Any]:
         device = f" on {engine['device']}" if "device" in engine else ""
         precision = named(engine["mixed_precision"], engine["compile"])
         found["computed in"] = precision + device
-    spent = [
-        f"{cost[key] / divisor:{form}} {words}"
-        for key, (divisor, form, words) in _UNITS.items()
-        if cost.get(key)
-    ]
+    spent = [text.format(cost[key] / by) for key, by, text in _COSTS if cost.get(key)]
     return found | ({"cost": ", ".join(spent)} if spent else {})
 
 

@@ -71,7 +71,7 @@ def report(
         parts = [_last_step(last, record), *_probes(folder), _training(run, config)]
         parts.append(_collapse(last))
         if kind == "jepa":
-            parts.append(_from_data("Sampled blocks", data, _blocks, config))
+            parts.append(_from_data("Sampled blocks", data, partial(_blocks, config)))
         parts.append(_departures(record))
     versions = record["versions"] | {"python": record["python"]}
     about = run_facts(run) | {"versions": listed(versions)}
@@ -89,15 +89,14 @@ def report(
     return out
 
 
-def _from_data(title: str, data: str | None, draw: Callable[..., str], *settings: dict) -> str:
+def _from_data(title: str, data: str | None, draw: Callable[..., str]) -> str:
     """Return a section with a picture that needs the run's data, or with the reason why the picture
     is missing.
 
-    draw: makes the picture from `data` and `settings`. If `data` is given but cannot be read, the
-    error is raised.
+    draw: makes the picture from `data`. If `data` is given but cannot be read, the error is raised.
     """
     try:
-        body = draw(data, *settings)
+        body = draw(data)
     except (ValueError, OSError) as error:
         if data:
             raise
@@ -129,7 +128,7 @@ def _outcome(run: Run, config: dict, data: str | None) -> Iterator[str]:
         yield page.section("True and predicted parts", body)
     if config["task"] == "classify":
         title = "Features before and after fine-tuning"
-        yield _from_data(title, data, partial(_tsne, run.folder), config, details)
+        yield _from_data(title, data, partial(_tsne, run.folder, config, details))
 
 
 def _result(result: dict) -> str:
@@ -226,7 +225,7 @@ def _parts(run: Path, names: list[str]) -> str:
     )
 
 
-def _tsne(run: Path, data: str | None, config: dict, details: dict) -> str:
+def _tsne(run: Path, config: dict, details: dict, data: str | None) -> str:
     """Return a t-SNE picture of the test shapes' features before fine-tuning (with the network in
     RUN/start) and after it (RUN/model).
     """
@@ -331,7 +330,7 @@ def _collapse(last: dict) -> str:
     return page.section("Collapse", page.table(columns, rows), page.note(text))
 
 
-def _blocks(data: str | None, config: dict) -> str:
+def _blocks(config: dict, data: str | None) -> str:
     """Return a picture of sampled context and target blocks, like the paper's figure 4."""
     settings = from_dict(PretrainConfig, config)
     sources = [data] if data else list(settings.data)

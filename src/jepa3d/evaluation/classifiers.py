@@ -190,6 +190,10 @@ def by_class(confusion: Sequence[Sequence[int]], class_names: Sequence[str]) -> 
     return {name: {"accuracy": share, "count": count} for name, share, count in rows}
 
 
+# cached, since the search for the loaded libraries takes as much time as a small fit: milliseconds
+_libraries = cache(ThreadpoolController)
+
+
 def one_thread() -> AbstractContextManager:
     """Return a context manager within which BLAS, OpenMP and torch use one thread each. The
     first call finds the libraries that are already loaded. Later calls limit the same libraries,
@@ -201,13 +205,6 @@ def one_thread() -> AbstractContextManager:
     program used one of the cores.
     """
     return _libraries().limit(limits=1)
-
-
-@cache
-def _libraries() -> ThreadpoolController:
-    # cached, since the search for the loaded libraries takes as much time as a small fit:
-    # milliseconds
-    return ThreadpoolController()
 
 
 def side_by_side(fit: Callable, jobs: Sequence[tuple], numbers: int) -> list[Any]:

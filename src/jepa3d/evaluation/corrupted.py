@@ -44,14 +44,9 @@ def corrupted(
     """
     searches = task == "retrieval"
     record: dict[str, Any] = {}
-    found: dict[str, dict[str, Any]] = {
-        kind: {
-            "levels": list(KINDS[kind].levels) if kind in KINDS else [0],
-            "trained": kind not in KINDS or KINDS[kind].trained,
-            "results": {},
-        }
-        for kind in ("clean", *KINDS)
-    }
+    found: dict[str, dict[str, Any]] = {"clean": {"levels": [0], "trained": True, "results": {}}}
+    for kind, (_, levels, trained) in KINDS.items():
+        found[kind] = {"levels": list(levels), "trained": trained, "results": {}}
     for encoder, descriptors, shapes in opened(models, dataset, part, whole=True):
         train, clouds, labels = shapes.train, shapes.test, shapes.y_test
         # for a shape that is alone in its class, there is no shape to retrieve
@@ -67,7 +62,7 @@ def corrupted(
             )
         for kind, row in found.items():
             rows = queries[:: 1 if len(row["levels"]) == 1 else 2]
-            results: dict[str, dict[str, list[float]]] = {name: {} for name in descriptors}
+            row["results"] |= {name: {} for name in descriptors}
             for severity in range(len(row["levels"])):
                 shown = [clouds.points[i] for i in rows]
                 if kind in KINDS:
@@ -76,8 +71,8 @@ def corrupted(
                 points = encoder.prepare(shown)
                 for name, (of, _) in descriptors.items():
                     for metric, values in scores[name](of(points), rows).items():
-                        results[name].setdefault(metric, []).append(float(values.mean()))
-            row["results"] |= results
+                        means = row["results"][name].setdefault(metric, [])
+                        means.append(float(values.mean()))
         record = data_record(task, shapes, dataset, part)
         record |= {} if searches else {"train": len(train)}
         record["queries"] = len(queries)

@@ -77,9 +77,8 @@ def probe_parts(models: list[str], dataset: LabelledSet, part: Part = "test") ->
             held = train.subset(held_out)
         assert test.parts is not None
         assert held.parts is not None
-        parts_of = [np.array(parts) for parts in shapes.parts_of]
-        truth = test.parts[:], shapes.y_test, parts_of
-        held_truth = held.parts[:], np.asarray(held.labels), parts_of
+        truth = test.parts[:], shapes.y_test, shapes.parts_of
+        held_truth = held.parts[:], np.asarray(held.labels), shapes.parts_of
         rows: dict[str, Features] = {model: partial(token_features, encoder)}
         if model == models[0]:
             rows["untrained"] = partial(token_features, untrained_like(encoder, train))
@@ -215,7 +214,8 @@ def _predict(
     out = np.empty((len(classifiers), *clouds.parts.shape), np.int16)
     with one_thread():
         for index, seen, placed in _batches(encoder, clouds):
-            for i, x in zip(index.tolist(), features(seen, placed).numpy(), strict=True):
+            found = features(seen, placed).numpy()
+            for i, x in zip(index.tolist(), found, strict=True):
                 out[:, i] = [by_category[labels[i]].predict(x) for by_category in classifiers]
     return out
 
@@ -232,7 +232,8 @@ def sheet(result: dict[str, Any]) -> Sheet:
         [name, *(f"{row[key]:.1f}" for key in keys), *compared_cells(row)]
         for name, row in result["results"].items()
     ]
-    rule = "selection: C of each row is chosen by instance mIoU on held-out shapes; "
+    rule = "selection: C of each row is chosen by instance mIoU on held-out shapes"
     columns = ["", "instance mIoU", "category mIoU", "points correct"]
     columns += ["first - this", "95 %, paired by shape"]
-    return Sheet(title, columns, rows, [f"{rule}the {data['part']} split is scored once"])
+    note = f"{rule}; the {data['part']} split is scored once"
+    return Sheet(title, columns, rows, [note])

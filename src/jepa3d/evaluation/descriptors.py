@@ -126,7 +126,8 @@ def _shares(values: Tensor) -> Tensor:
 
     Values below 0 are counted in the first bin, values above 1 in the last bin.
     """
-    bins = (values * BINS).long().clamp(0, BINS - 1) + BINS * torch.arange(len(values))[:, None]
+    first = BINS * torch.arange(len(values))[:, None]
+    bins = first + (values * BINS).long().clamp(0, BINS - 1)
     counts = bins.flatten().bincount(minlength=BINS * len(values)).view(-1, BINS)
     return counts.double() / values.shape[1]
 

@@ -34,7 +34,8 @@ def layer_features(
     model.eval().to(device)
     layers = []
     for start in range(0, len(clouds), batch_size):
-        points = clouds.batch(np.arange(start, min(start + batch_size, len(clouds)))).to(device)
+        index = np.arange(start, min(start + batch_size, len(clouds)))
+        points = clouds.batch(index).to(device)
         if isinstance(model, PointEncoder):
             poses = [model.states(pose)[0] for pose in model.poses(model.prepare(points))]
         else:

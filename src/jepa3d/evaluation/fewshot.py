@@ -38,7 +38,8 @@ from jepa3d.plain import log, read_checked, write_checked
 
 _C = 0.1
 _SETTING = re.compile(r"(\d+)way_?(\d+)shot")
-Fold = tuple[PointClouds, PointClouds]  # the train shapes (support) and the test shapes (queries)
+# the train shapes (support) and the test shapes (queries)
+Fold = tuple[PointClouds, PointClouds]
 
 
 class Episode(NamedTuple):
@@ -158,7 +159,7 @@ def published_folds(
     train shapes and `queries` test shapes each.
     """
     found: dict[tuple[int, int], Path] = {}
-    below = [path for depth in ("", "*/") for path in sorted(folder.glob(f"{depth}*way*shot"))]
+    below = [*sorted(folder.glob("*way*shot")), *sorted(folder.glob("*/*way*shot"))]
     for path in [folder, *below]:
         name = _SETTING.fullmatch(path.resolve().name)
         if name and any(path.glob("*/store.json")):

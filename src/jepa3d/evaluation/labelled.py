@@ -45,12 +45,11 @@ class LabelledSet(NamedTuple):
         # any other folder may have a file of this name too
         if (Path(source) / "store.json").is_file() and report.is_file():
             layout = read_checked(report).get("layout")
-        known = [clouds.fingerprint, key, axis, num_points, part, FRAME]
-        known.append(version("jepa3d"))
         found = Labelled.of(clouds, part)
         # for most sources, the fingerprint does not change with the labels
         labels, split = np.asarray(clouds.labels), np.asarray(clouds.split)
-        known += [clouds.class_names, labels.tolist(), split.tolist()]
+        known = [clouds.fingerprint, key, axis, num_points, part, FRAME]
+        known += [version("jepa3d"), clouds.class_names, labels.tolist(), split.tolist()]
         digest = hashlib.sha256(repr(known).encode()).hexdigest()
         return replace(found, layout=layout, key=digest[:8])
 
@@ -133,7 +132,8 @@ class Labelled:
         if len(both) < (needed := 2 if clouds.parts is None else 1):
             found = f"train and {part} have {len(both)} classes in common"
             raise ReadError(f"{name}: {found}, but at least {needed} are needed")
-        if dropped := tuple(lacking(labels, in_train, in_test, clouds.class_names, part)):
+        dropped = tuple(lacking(labels, in_train, in_test, clouds.class_names, part))
+        if dropped:
             what = f"{len(dropped)} classes dropped, since train or {part} lacks them"
             log.info(f"{what}: {', '.join(dropped)}")
         every = clouds.class_names or list(map(str, range(labels.max() + 1)))

@@ -279,7 +279,8 @@ def sheets_of(
         tables.setdefault(row.data, {}).setdefault(row.name, {})[row.metric] = cell
     sheets = []
     for data, table in tables.items():
-        metrics = [metric for metric in METRICS if any(metric in cells for cells in table.values())]
+        scored = set().union(*table.values())
+        metrics = [metric for metric in METRICS if metric in scored]
         lines = []
         for name, cells in table.items():
             spent = f"{minutes[name]:.1f}" if name in minutes else "-"

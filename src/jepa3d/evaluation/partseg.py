@@ -33,7 +33,7 @@ def category_parts(
         ids = np.asarray(parts[rows])
         observed = np.flatnonzero(np.bincount(ids[ids != UNLABELLED]))
         if len(named) and len(other := np.setdiff1d(observed, named)):
-            name = part_names[other[0]] if other[0] < len(part_names) else "without a name"
+            name = dict(enumerate(part_names)).get(other[0], "without a name")
             problem = f"a shape of {category} has part {other[0]} ({name})"
             raise ValueError(f"{problem}, but the parts of {category} are {named.tolist()}")
         found.append(named if len(named) else observed)
@@ -41,7 +41,7 @@ def category_parts(
 
 
 def restricted_argmax(
-    logits: np.ndarray, labels: np.ndarray, parts_of: Sequence[np.ndarray]
+    logits: np.ndarray, labels: np.ndarray, parts_of: Sequence[Any]
 ) -> np.ndarray:
     """Return for each point the part with the highest logit, among the parts of its shape's
     category.
@@ -51,7 +51,7 @@ def restricted_argmax(
     """
     out = np.empty(logits.shape[:2], np.int16)
     for label in np.unique(labels):
-        ids, rows = parts_of[label], labels == label
+        ids, rows = np.asarray(parts_of[label]), labels == label
         out[rows] = ids[logits[rows][:, :, ids].argmax(2)]
     return out
 
@@ -60,7 +60,7 @@ def mean_iou(
     predicted: np.ndarray,
     truth: np.ndarray,
     labels: np.ndarray,
-    parts_of: Sequence[np.ndarray],
+    parts_of: Sequence[Any],
     class_names: Sequence[str],
 ) -> dict[str, Any]:
     """Score predicted parts [n, N] against the true parts [n, N], in per cent.
@@ -86,7 +86,7 @@ def mean_iou(
 
 
 def shape_iou(
-    predicted: np.ndarray, truth: np.ndarray, labels: np.ndarray, parts_of: Sequence[np.ndarray]
+    predicted: np.ndarray, truth: np.ndarray, labels: np.ndarray, parts_of: Sequence[Any]
 ) -> np.ndarray:
     """Return the IoU of each of n shapes in per cent: the mean IoU of the parts of its category.
 
@@ -95,7 +95,7 @@ def shape_iou(
     those of `mean_iou`.
     """
     labelled = truth != UNLABELLED
-    highest = [ids.max(initial=0) for ids in parts_of]
+    highest = [np.max(ids, initial=0) for ids in parts_of]
     size = 1 + int(max(predicted.max(), truth.max(), *highest))
     belongs = np.zeros((len(parts_of), size), bool)  # [C, P]
     for label, ids in enumerate(parts_of):

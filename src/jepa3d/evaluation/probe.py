@@ -63,7 +63,9 @@ def selection_rule(shapes: Labelled, quick: bool = False) -> str:
     """Return in words how layer and C are chosen, and which split is scored."""
     held, scored = "a held-out fifth of train", "test used once"
     if shapes.part == "validation":
-        other = "the validation split" if shapes.has_validation else "another fifth of train"
+        other = "another fifth of train"
+        if shapes.has_validation:
+            other = "the validation split"
         scored = f"scored on {other}, test not used"
     elif shapes.has_validation:
         held = "the validation split"
@@ -375,9 +377,10 @@ def summarise(rows: list[dict], protocols: tuple[str, ...]) -> dict:
         for model, found in values.items():
             statistics = moments([*found.values()]) | {"runs": len(found)}
             scores = table.setdefault(model, {})
-            scores[protocol] = (
-                scores[protocol] | {key: statistics} if protocol in scores else statistics
-            )
+            if key == "accuracy":
+                scores[protocol] = statistics
+            else:
+                scores[protocol][key] = statistics
     return table
 
 
@@ -403,11 +406,11 @@ def sheets(result: dict, per_class: str | None = None) -> list[Sheet]:
         f"{data['test']:,} {part}; overall accuracy %, {result['pooling']}, "
         f"layer {result['layer']}, seeds {result['seeds']}"
     )
-    dvaes = [row["dvae"] | {"run": row["run"]} for row in result["rows"] if "dvae" in row]
     notes = [
-        f"teacher of {dvae['run']}: Chamfer-L1 {dvae['reconstruction']:.4f} (best constant patch: "
+        f"teacher of {row['run']}: Chamfer-L1 {dvae['reconstruction']:.4f} (best constant patch: "
         f"{dvae['constant_patch']:.4f}), perplexity {dvae['perplexity']:.0f} of {dvae['num_codes']} codes"
-        for dvae in dvaes
+        for row in result["rows"]
+        if (dvae := row.get("dvae"))
     ]
     if result["seen_in_pretraining"]:
         notes.append(f"the {part} shapes were also used in pretraining, without labels")
@@ -436,11 +439,10 @@ def _class_sheet(result: dict, protocol: str) -> Sheet:
     """
     found: dict[str, list[np.ndarray]] = {}
     for row in result["rows"]:
-        found.setdefault(row["model"], []).append(np.array(row["scores"][protocol]["confusion"]))
-    counts = next(iter(found.values()))[0].sum(1)
-    columns = {}
-    for model, tables in found.items():
-        columns[model] = np.mean([class_accuracy(table) for table in tables], 0)
+        confusion = np.array(row["scores"][protocol]["confusion"])
+        found.setdefault(row["model"], []).append(class_accuracy(confusion))
+    counts = confusion.sum(1)  # the same for all rows
+    columns = {model: np.mean(accuracies, 0) for model, accuracies in found.items()}
     if "pretrained" in columns:
         columns["gain"] = columns["pretrained"] - columns["untrained"]
     forms = ["+.1f" if model == "gain" else ".1f" for model in columns]

@@ -31,6 +31,7 @@ CHOSEN_BY = {  # task -> the metric by which an epoch or a setting is chosen
     "fewshot": "overall_accuracy",
     "segment": "instance_miou",
 }
+_COMMANDS = "classify, segment or fewshot"  # in messages: the commands that write results
 # setting -> the words for it in the name of a protocol (`protocol_name` in training/finetune.py)
 _IN_PROTOCOL = {
     "trained": ", (all weights|head only|head first)",
@@ -97,7 +98,8 @@ class Arm(NamedTuple):
         without: a setting that may differ. init: False if the init may differ.
         """
         result = self.result
-        settings = {name: value for name, value in result["settings"].items() if name != without}
+        settings = dict(result["settings"])
+        settings.pop(without, None)
         # the pattern (?!) matches nothing
         protocol = re.sub(_IN_PROTOCOL.get(without or "", "(?!)"), "", result["protocol"])
         known = [protocol, result["selection"], result["votes"]]
@@ -129,17 +131,16 @@ def read_runs(paths: list[Path]) -> tuple[list[Finished], list[str]]:
     Returns the runs, and a note for each unfinished run. Raises ValueError if a path is not a
     folder or contains no finished run, if a run's config.json is damaged, or as `read_run` does.
     """
-    kinds = "classify, segment or fewshot"
     found: dict[Path, Path] = {}
     unfinished: list[Path] = []
     for path in paths:
         if not path.is_dir():
-            raise ValueError(f"{path} is not a folder; give runs of jepa3d {kinds}")
+            raise ValueError(f"{path} is not a folder; give runs of jepa3d {_COMMANDS}")
         below = list(_below(path, unfinished))
         if not below:
             listed = ", ".join(map(str, unfinished))
             others = f"; unfinished: {listed}; finish them with --resume" if listed else ""
-            raise ValueError(f"{path} contains no results.json of {kinds}{others}")
+            raise ValueError(f"{path} contains no results.json of {_COMMANDS}{others}")
         found |= {folder.resolve(): folder for folder in below}
     notes = [f"left out, since it is unfinished: {folder}" for folder in unfinished]
     return [read_run(folder) for folder in found.values()], notes
@@ -168,7 +169,7 @@ def read_run(folder: Path) -> Finished:
     file = folder / "results.json"
     result = read_checked(file)
     if result.get("task") not in list(CHOSEN_BY):
-        raise ValueError(f"{file} is not a result of jepa3d classify, segment or fewshot")
+        raise ValueError(f"{file} is not a result of jepa3d {_COMMANDS}")
     for name, kind in _FIELDS.items():
         if not isinstance(value := result.setdefault(name, None), kind):
             needed = getattr(kind, "__name__", kind)
@@ -252,7 +253,8 @@ def choose(arms: list[Arm], setting: str) -> tuple[list[Arm], list[str]]:
             what = f"{name} (selection: {result['selection']})"
             notes.append(f"NOTE: {what} has no validation metrics: every {setting} is kept")
         if known:
-            best, how = max(known, key=lambda arm: arm.validation or 0), "is the only one"
+            best = max(known, key=lambda arm: arm.validation or 0)
+            how = "is the only one"
             if len(known) > 1:
                 tried = [(arm.setting(setting), arm.validation) for arm in known]
                 means = ", ".join(f"{value}: {score:.2f}" for value, score in tried)

@@ -54,16 +54,12 @@ def predict(
                 copy = augment(points, VOTE_SCALE, False, VOTE_REACH, draws)
             total = total + network(copy, *category).float().cpu()
         if isinstance(network, Segmenter):
-            predicted.append(restricted_argmax(total.numpy(), labels, _parts_of(network)))
+            predicted.append(restricted_argmax(total.numpy(), labels, network.parts_of))
         else:
             predicted.append(total.argmax(-1).numpy().astype(np.int16))
             probability.append((total / votes).softmax(-1).numpy())
     found = {"predicted": predicted, "probability": probability}
     return {name: np.concatenate(values) for name, values in found.items() if values}
-
-
-def _parts_of(network: Segmenter) -> list[np.ndarray]:
-    return [np.array(parts) for parts in network.parts_of]
 
 
 def score(network: Network, clouds: PointClouds) -> float:
@@ -87,7 +83,7 @@ def figures(
     names = list(network.class_names)
     if isinstance(network, Segmenter):
         assert clouds.parts is not None
-        metrics = mean_iou(found, clouds.parts[:], labels, _parts_of(network), names)
+        metrics = mean_iou(found, clouds.parts[:], labels, network.parts_of, names)
         details = {"per_category": metrics.pop("per_category")}
         return metrics, details | {"class_names": names}
     confusion = confusion_matrix(labels, found, labels=np.arange(len(names)))
