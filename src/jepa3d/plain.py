@@ -48,7 +48,7 @@ def progress_bar(items: Iterable | None = None, doing: str = "", **settings: Any
     from tqdm import tqdm  # imported here, so that importing jepa3d stays quick
 
     hidden = not (sys.stderr.isatty() and log.isEnabledFor(logging.INFO))
-    look = {"delay": 1, "leave": False, "dynamic_ncols": True, "disable": hidden}
+    look: dict[str, Any] = {"delay": 1, "leave": False, "dynamic_ncols": True, "disable": hidden}
     return tqdm(items, doing, **look | settings)
 
 

@@ -232,9 +232,10 @@ def _files(path: Path, num_points: int, up_axis: str, raw: bool, parts: bool) ->
             if source.unpublished and not raw:
                 kept = np.flatnonzero(are_kept(cloud.points.astype(np.float64), LEAST))
                 cloud = cloud.take(kept) if len(kept) >= num_points else cloud
-            if parts and cloud.parts is None:
+            labels = cloud.parts if parts else None
+            if parts and labels is None:
                 raise ReadError(NO_PARTS)
-            labels = to_parts(cloud.parts) if parts else None
+            labels = None if labels is None else to_parts(labels)
         return replace(cloud, up=cloud.up or up_axis, parts=labels)
 
     names = tuple(sorted({entry.label for entry in entries if entry.label is not None}))
