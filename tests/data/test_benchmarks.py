@@ -174,6 +174,14 @@ def test_a_benchmark_becomes_a_store_that_trains(tmp_path, tiny, capsys, name):
     assert record["data"]["shapes"] == [split for _, split in case.clouds].count("train")
 
 
+def test_a_benchmark_that_is_read_directly_keeps_its_up_axis(tmp_path):
+    layouts.scanobjectnn(tmp_path)  # y-up; its shapes are longest along y
+    for file in tmp_path.glob("*/*_augmentedrot_scale75.h5"):
+        file.unlink()
+    shapes = load([str(tmp_path / "main_split")], 64, "all").points
+    assert (np.ptp(shapes, axis=1).argmax(1) == 2).all()
+
+
 @pytest.mark.parametrize("write", [layouts.fewshot, layouts.fewshot_of_protocol_5])
 def test_few_shot_folds_become_a_store_each(tmp_path, tiny, write):
     source = written(write, tmp_path / "download")

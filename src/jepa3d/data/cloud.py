@@ -57,7 +57,8 @@ class PointCloud:
     faces: np.ndarray | None = None  # [F, 3] int64
     # number of points in the file, without NaN points; None if all of these points were kept
     total: int | None = None
-    # the up axis, if the format of the file defines one (glTF: y) or a store has recorded it
+    # the up axis, if the format of the file (glTF: y) or the benchmark defines one, or if a store
+    # has recorded it
     up: str | None = None
     # number of NaN points that were left out (the sensor measured nothing there)
     unseen: int = 0

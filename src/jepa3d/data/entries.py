@@ -44,6 +44,11 @@ class Entry:
     name: str | None = None  # name of the cloud, if the file has names for its clouds
     row: int | None = None  # index in a file of many clouds, else None
 
+    def cloud(self) -> PointCloud:
+        """Read the cloud, with the up axis that the source or the format defines."""
+        cloud = self.read()
+        return replace(cloud, up=self.up_axis or cloud.up)
+
     @property
     def file(self) -> str:
         """Path of the file: the key without its row."""

@@ -169,7 +169,7 @@ def convert(entry: Entry, options: Preparation) -> tuple[Arrays, Row]:
 
     Raises ReadError if the cloud cannot be used.
     """
-    cloud = entry.read()
+    cloud = entry.cloud()
     check_cloud(cloud.points)  # a user's reader may return any PointCloud
     faces = b"" if cloud.faces is None else cloud.faces.tobytes()
     content = hash64(cloud.points.tobytes() + faces)
@@ -185,7 +185,7 @@ def convert(entry: Entry, options: Preparation) -> tuple[Arrays, Row]:
         raise ReadError(f"has no {missing[0]} to keep (--keep)")
     if count and len(cloud) < count and options.short == "skip":
         raise ReadError(f"{len(cloud)} points, fewer than {count} (--points, --short skip)")
-    up = options.up_axis or entry.up_axis or cloud.up or "z"
+    up = options.up_axis or cloud.up or "z"
     if count and not options.keep_strays:
         cloud = cloud.take(are_kept(cloud.points.astype(np.float64), LEAST))
     row["strays"] = row["count"] - len(cloud)

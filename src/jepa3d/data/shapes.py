@@ -226,7 +226,7 @@ def _files(path: Path, num_points: int, up_axis: str, raw: bool, parts: bool) ->
         key = entries[i].key
         with as_read_error(path / key if path.is_dir() else path):
             seed = zlib.crc32(key.encode("utf-8", "surrogateescape"))
-            cloud = _checked(sampled(entries[i].read(), num_points, seed), num_points)
+            cloud = _checked(sampled(entries[i].cloud(), num_points, seed), num_points)
             # Stray points are removed only from a user's own files (`Source.unpublished`), and not
             # if fewer than num_points points would be left.
             if source.unpublished and not raw:
