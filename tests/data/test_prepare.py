@@ -442,11 +442,14 @@ def test_an_archive_that_would_write_elsewhere_is_refused(tmp_path, pack, name, 
     assert not Path("/tmp/jepa3d-evil").exists()
 
 
-@pytest.mark.parametrize("cut", [True, False])
-@pytest.mark.parametrize("name", ["set.zip", "set.tar.gz", "set.tar.xz", "set.tar"])
+COMPRESSED = ("set.zip", "set.tar.gz", "set.tar.xz")  # a .tar has no checksum of its content
+
+
+@pytest.mark.parametrize(
+    ("name", "cut"),
+    [*((name, cut) for name in COMPRESSED for cut in (True, False)), ("set.tar", True)],
+)
 def test_a_damaged_archive_is_refused(tmp_path, name, cut):
-    if name == "set.tar" and not cut:
-        pytest.skip("a tar without compression has no checksum of its content")
     whole = (zipped if name.endswith("zip") else tarred)(
         tmp_path / name, {"a.npy": as_bytes(SHAPES)}
     ).read_bytes()
