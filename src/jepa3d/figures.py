@@ -287,7 +287,7 @@ def _caption(title: str, width: int = 28, lines: int = 3) -> str:
     """Wrap a title to at most `lines` lines of `width` characters.
 
     If a title is longer than three quarters of this space, its middle is left out. The rest of the
-    space is reserved, since lines break between words and so are not full. If the title still needs
+    space is slack: lines break between words, so most lines are not full. If the title still needs
     more than `lines` lines, its end is cut off.
     """
     wrapped = textwrap.wrap(shortened(title, width * lines * 3 // 4), width)

@@ -34,9 +34,9 @@ def writing(path: str | Path) -> Iterator[None]:
         # Deleting the lock file fails if its folder is gone. On Windows, it also fails while the
         # file is open; the file then stays, and later commands lock it again.
         with suppress(OSError):
-            # Delete the file before the release. If another process has just opened the file, that
-            # process next gets the lock of the deleted file. Its FileLock notices that the file was
-            # deleted, and treats the lock as not held.
+            # Delete the file before the release: after it, the file may be locked by another
+            # process. A process that opened the file before it was deleted may lock it then. This
+            # does no harm, since its FileLock notices that the file is gone and tries again.
             os.unlink(lock.lock_file)
         lock.release()
         # The loop stops, with a suppressed error, at the first folder that is not empty.

@@ -219,8 +219,9 @@ def _parts(run: Path, names: list[str]) -> str:
     shares = map("{} {:.0f} %".format, titles, correct)
     return page.picture(
         partial(figures.draw_parts, points, truth, predicted, titles),
-        "As in the paper's figure 6: the first test shapes of each category, or of "
-        f"{MOST_PARTS} evenly spread categories; they were not selected by quality. Points with the "
+        "As in the paper's figure 6: the first test shapes of each category or, if there are more "
+        f"than {MOST_PARTS} categories, of {MOST_PARTS} of them. No shape was selected by quality. "
+        "Points with the "
         f"correct part: {', '.join(shares)}.",
     )
 

@@ -1,7 +1,7 @@
 """Apply a function to the entries of a list in several processes, and return results in order.
 
-If an entry crashes a worker process, only the result of this entry is lost. But `mapped` with one
-worker works without worker processes; there, such an entry crashes the whole program.
+If an entry crashes a worker process, only the result of this entry is lost. But with one worker,
+`mapped` calls the function in this process, so such an entry crashes the whole program.
 """
 
 import multiprocessing

@@ -238,7 +238,7 @@ def _airplane(rng: Rng, u: Draw) -> Parts:
     hull = radius * np.array([0.2, 0.6, 0.9, 1, 1, 1, 1, 0.8, 0.2])
     yield "body", tube(np.linspace((-1, 0, 0), (1, 0, 0), 9), hull)
     at, size, taper = (x, u(-0.8, 0.8) * radius, 0), (chord, 0.04, span), u(0.3, 1)
-    # y and z are swapped, so that the wing and the tail, which grow along z, grow along y
+    # `box` extends from its base along z; swapping y and z makes wing and tail extend along y
     wing = box(at, size, taper, (sweep, u(-0.05, 0.15)))[..., [0, 2, 1]]
     yield "wing", wing, wing * (1, -1, 1)
     height, level = u(0.2, 0.5), rng.choice([0, 0.9])

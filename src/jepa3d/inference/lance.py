@@ -143,8 +143,9 @@ def create_or_update(vectors: Vectors, path: Path) -> tuple[int, int]:
 
 @contextmanager
 def _reader(vectors: Vectors) -> Iterator[pa.RecordBatchReader]:
-    """Return a context manager that gives LanceDB the rows whose vectors are not zero. If they
-    cannot be read, LanceDB raises an error of its own; the ReadError is raised instead.
+    """Return a context manager that gives LanceDB the rows whose vectors are not zero. If
+    reading the rows raises a ReadError, LanceDB raises a RuntimeError in its place; this context
+    manager then raises the original ReadError.
     """
     kind, damage = schema(vectors.spec), []
 

@@ -8,9 +8,9 @@ path        the cloud's address (clouds.py), unique
 label       the cloud's class, from its folder or file. If the cloud has no class, the label is its
             name in a file of many clouds. If it has no name either, the label is null
 num_points  number of points in the cloud as it was read; for a mesh, the number of its vertices
-stamp       for a cloud in a store, a hash of its content, its class and the settings of `jepa3d
-            prepare`; for any other cloud, a hash of its file's size and modification time. While
-            the stamp stays equal, the cloud is unchanged
+stamp       for a cloud in a store that `jepa3d prepare` made, a hash of its content, its class and
+            the settings of the store; for any other cloud, a hash of its file's size and
+            modification time. While the stamp stays equal, the cloud is unchanged
 vector      E numbers, float32; the vector is not scaled to length 1
 error       why the cloud has no vector; null if it has one. Only the tables that `Embedder`
             (embedding.py) returns, and files made from these tables, have this column. `Vectors`

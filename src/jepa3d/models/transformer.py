@@ -43,9 +43,10 @@ class Attention(nn.Module):
             key_value = keys.pad(key_value)
             mask = keys.mask if keys.mask is None else keys.mask.flatten(0, -2)[:, None, None]
         key_value = key_value.flatten(0, -3)
-        # If all decoder passes of a cloud (see layout.py) attend to the same keys, the queries of
-        # these passes are joined into one sequence per cloud here. `lead` is the shape before they
-        # are joined; after attention, `out` is reshaped to it.
+        # The decoder may give the queries of several passes per cloud, such as one for each target
+        # block, but only one sequence of keys per cloud (see layout.py). The queries of a cloud are
+        # then joined into one sequence here. `lead` is the shape before they are joined; after
+        # attention, `out` is reshaped to it.
         lead = query.shape
         query = query.reshape(
             len(key_value), -1, self.num_heads, lead[-1] // self.num_heads
