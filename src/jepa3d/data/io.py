@@ -9,15 +9,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from jepa3d.data import scans
 from jepa3d.data.arrays import ARRAY_SUFFIXES, npy_rows, read_array
-from jepa3d.data.cloud import PointCloud, ReadError
+from jepa3d.data.cloud import ATTRIBUTES, PointCloud, ReadError, to_bytes
 from jepa3d.data.errors import as_read_error, check_unpacked, suffix_of
 from jepa3d.data.gltf import read_gltf
-from jepa3d.data.meshes import read_obj, read_off, read_stl
+from jepa3d.data.meshes import mesh, read_obj, read_off, read_stl
 from jepa3d.data.ply import ply_rows, read_ply
 from jepa3d.data.text import read_table, table_rows
 from jepa3d.plain import load_code
@@ -40,8 +41,7 @@ def read(
     path = Path(path)
     if reader is not None:
         with as_read_error(path):
-            found = load_code(reader)(path)
-            return found if isinstance(found, PointCloud) else PointCloud.make(found)
+            return _checked(load_code(reader)(path))
     suffix = suffix_of(path)
     if reason := refusal(path):
         allowed = f"; allowed are {', '.join(SUFFIXES)}, each also with .gz"
@@ -157,6 +157,16 @@ def sampled(cloud: PointCloud, num_points: int, seed: int = 0) -> PointCloud:
         return cloud
     cloud = cloud.sampled(max(2 * num_points, 2048), seed)
     return PointCloud.make(cloud.file_coordinates(), normals=cloud.normals, up=cloud.up)
+
+
+def _checked(found: Any) -> PointCloud:
+    """Check what a user's reader returned, which may be any `PointCloud`. Raises ReadError."""
+    if not isinstance(found, PointCloud):
+        return PointCloud.make(found)
+    kept: dict[str, Any] = {name: getattr(found, name) for name in ATTRIBUTES}
+    kept["colors"] = None if found.colors is None else to_bytes(found.colors)
+    faces = np.empty((0, 3), np.int64) if found.faces is None else found.faces
+    return mesh(found.file_coordinates(), faces, up=found.up, **kept)
 
 
 _GLTF = (".glb", ".gltf")

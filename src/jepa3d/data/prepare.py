@@ -14,9 +14,8 @@ from typing import Any, Literal
 import numpy as np
 
 from jepa3d.data import procedural
-from jepa3d.data.cloud import ATTRIBUTES, TO_Z_UP, ReadError, check_cloud, to_bytes, to_parts
+from jepa3d.data.cloud import ATTRIBUTES, TO_Z_UP, ReadError, check_cloud, to_parts
 from jepa3d.data.entries import Entry, Source, divide, lacking
-from jepa3d.data.errors import first_line
 from jepa3d.data.parallel import mapped
 from jepa3d.data.sources import discover, unpacked
 from jepa3d.data.store import SPLITS, Store, StoreWriter, hash64, key_hash
@@ -170,7 +169,6 @@ def convert(entry: Entry, options: Preparation) -> tuple[Arrays, Row]:
     Raises ReadError if the cloud cannot be used.
     """
     cloud = entry.cloud()
-    check_cloud(cloud.points)  # a user's reader may return any PointCloud
     faces = b"" if cloud.faces is None else cloud.faces.tobytes()
     content = hash64(cloud.points.tobytes() + faces)
     row: Row = {"part": cloud.part_read, "unseen": cloud.unseen, "content": content}
@@ -203,8 +201,6 @@ def convert(entry: Entry, options: Preparation) -> tuple[Arrays, Row]:
     arrays |= {name: getattr(cloud, name) for name in options.keep}
     if "normals" in arrays:
         arrays["normals"] = (arrays["normals"] @ rotate).astype(np.float16)
-    if "colors" in arrays:
-        arrays["colors"] = to_bytes(arrays["colors"])
     if "parts" in arrays:
         arrays["parts"] = to_parts(arrays["parts"])
         if (arrays["parts"] < 0).all():
@@ -235,8 +231,6 @@ def _convert_all(options: Preparation, entries: list[Entry]) -> list[tuple | str
             results.append(convert(entry, options))
         except ReadError as error:
             results.append(str(error))
-        except Exception as error:  # for example, a user's reader returned wrong faces
-            results.append(f"cannot be used ({first_line(error)})")
     return results
 
 

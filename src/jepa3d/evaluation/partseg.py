@@ -33,7 +33,7 @@ def category_parts(
         ids = np.asarray(parts[rows])
         observed = np.flatnonzero(np.bincount(ids[ids != UNLABELLED]))
         if len(named) and len(other := np.setdiff1d(observed, named)):
-            name = dict(enumerate(part_names)).get(other[0], "without a name")
+            name = part_names[other[0]] if other[0] < len(part_names) else "without a name"
             problem = f"a shape of {category} has part {other[0]} ({name})"
             raise ValueError(f"{problem}, but the parts of {category} are {named.tolist()}")
         found.append(named if len(named) else observed)
@@ -41,7 +41,7 @@ def category_parts(
 
 
 def restricted_argmax(
-    logits: np.ndarray, labels: np.ndarray, parts_of: Sequence[Any]
+    logits: np.ndarray, labels: np.ndarray, parts_of: Sequence[Sequence[int]]
 ) -> np.ndarray:
     """Return for each point the part with the highest logit, among the parts of its shape's
     category.
@@ -60,7 +60,7 @@ def mean_iou(
     predicted: np.ndarray,
     truth: np.ndarray,
     labels: np.ndarray,
-    parts_of: Sequence[Any],
+    parts_of: Sequence[Sequence[int]],
     class_names: Sequence[str],
 ) -> dict[str, Any]:
     """Score predicted parts [n, N] against the true parts [n, N], in per cent.
@@ -86,7 +86,7 @@ def mean_iou(
 
 
 def shape_iou(
-    predicted: np.ndarray, truth: np.ndarray, labels: np.ndarray, parts_of: Sequence[Any]
+    predicted: np.ndarray, truth: np.ndarray, labels: np.ndarray, parts_of: Sequence[Sequence[int]]
 ) -> np.ndarray:
     """Return the IoU of each of n shapes in per cent: the mean IoU of the parts of its category.
 

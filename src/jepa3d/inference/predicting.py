@@ -203,13 +203,12 @@ def segment_cloud(network: Segmenter, points: np.ndarray, seen: Frame, label: in
     number of the cloud's category.
     """
     number = torch.tensor([label])
-    parts_of = [np.array(parts) for parts in network.parts_of]
     encoded = network.encode(torch.from_numpy(seen.points)[None])
     parts = []
     for at in range(0, len(points), _CHUNK):
         query = torch.from_numpy(seen.place(points[at : at + _CHUNK]))[None]
         logits = network.decode(query, *encoded, number).numpy()
-        parts.append(restricted_argmax(logits, number.numpy(), parts_of)[0])
+        parts.append(restricted_argmax(logits, number.numpy(), network.parts_of)[0])
     return np.concatenate(parts)
 
 

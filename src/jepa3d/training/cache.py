@@ -95,7 +95,7 @@ class CachedTargets:
         # All processes wait here, since `_open` may replace the record that they read next.
         state.wait_for_everyone()
         record, start = self._record(), clock()
-        # as if the time that earlier calls took lay just before this call
+        # an earlier start, so that the measured time includes that of earlier calls
         start_of_all = {name: start[name] - spent for name, spent in record["cost"].items()}
         teacher = teacher.to(state.device)
         local, total = size // state.num_processes, -(-count // size)

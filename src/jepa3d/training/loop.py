@@ -231,7 +231,7 @@ def fit(
 
             state["step"] = step = step + 1
             snapshot = config.snapshot_every and step % config.snapshot_every == 0
-            # the number of samples since an epoch ended is below a batch: it ended in this step
+            # an epoch ended in this step if less than a batch has been drawn since its end
             epoch_ended = step * schedule.batch_size % len(clouds) < schedule.batch_size
             scored = task.scorer and (step == total or epoch_ended)
             if step % config.log_every == 0 or step in (1, total) or snapshot or scored:
